@@ -1,0 +1,106 @@
+"""Scalar grids with a scale for each group: the frame of the int, float and table codecs.
+
+A member says how a group's parameters are fitted and how one number becomes a code and back; this file
+groups, packs and counts. Solvers (GPTQ, HQQ, clip search) work through the same five methods, so a new
+grid works with all of them:
+
+    groups = codec.split(x)                    # f32[*lead, n_groups, group], last group zero-padded
+    params = codec.fit(groups)                 # each f32[*lead, n_groups, 1], as they will be stored
+    codes  = codec.codes(groups, params)       # uint8, the nearest level
+    values = codec.values(codes, params)       # f32
+    parts  = codec.assemble(codec.join(codes, length), params)
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from .base import Codec, Parts
+from .packing import pack_bits, unpack_bits
+
+Params = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupCodec(Codec):
+    """A scalar grid over groups of the encoded axis.
+
+    Attributes:
+      group: elements that one scale covers; None is one scale for the whole encoded axis (a channel).
+    """
+
+    group: int | None = None
+
+    @property
+    @abc.abstractmethod
+    def bits(self) -> int:
+        """Bits of one code."""
+
+    @abc.abstractmethod
+    def fit(
+        self, groups: jax.Array, *, shrink: jax.Array | float = 1.0, batch_dims: int = 0
+    ) -> Params:
+        """Parameters of each group, rounded to the precision they are stored in.
+
+        Args:
+          groups: ``f32[*lead, n_groups, group]``; zeros that pad the last group must not matter.
+          shrink: multiplies each group's range (1 is its full range), broadcast against
+            ``[*lead, n_groups, 1]``; what a clip search varies.
+          batch_dims: see `Codec.encode`.
+
+        Returns:
+          Float32 arrays ``[*lead, n_groups, 1]`` (axes may be 1 where a value is shared).
+        """
+
+    @abc.abstractmethod
+    def codes(self, x: jax.Array, params: Params) -> jax.Array:
+        """The code of the level nearest to each `x`, ``uint8``, `params` broadcast against `x`."""
+
+    @abc.abstractmethod
+    def values(self, codes: jax.Array, params: Params) -> jax.Array:
+        """The level of each code as float32, `params` broadcast against `codes`."""
+
+    @abc.abstractmethod
+    def store(self, params: Params) -> Parts:
+        """Parameters in their storage dtypes, each ``[*lead, n_groups]``; exact on what `fit` gives."""
+
+    @abc.abstractmethod
+    def load(self, parts: Parts) -> Params:
+        """Undoes `store`: the float32 parameters, ``[*lead, n_groups, 1]``."""
+
+    def group_size(self, length: int) -> int:
+        return length if self.group is None else min(self.group, length)
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """``[*lead, length]`` to ``[*lead, n_groups, group]``, the last group padded with zeros."""
+        group = self.group_size(x.shape[-1])
+        pad = -x.shape[-1] % group
+        if pad:
+            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)])
+        return x.reshape(*x.shape[:-1], -1, group)
+
+    def join(self, groups: jax.Array, length: int) -> jax.Array:
+        """Undoes `split`."""
+        return groups.reshape(*groups.shape[:-2], -1)[..., :length]
+
+    def assemble(self, codes: jax.Array, params: Params) -> Parts:
+        """Parts of ``uint8[*lead, length]`` codes and their groups' parameters."""
+        return {"codes": pack_bits(codes, self.bits), **self.store(params)}
+
+    def disassemble(self, parts: Parts, length: int) -> tuple[jax.Array, Params]:
+        """The ``uint8[*lead, length]`` codes and the parameters of `parts`."""
+        params = self.load({k: v for k, v in parts.items() if k != "codes"})
+        return unpack_bits(parts["codes"], self.bits, length), params
+
+    def encode(self, x: jax.Array, *, batch_dims: int = 0) -> Parts:
+        groups = self.split(x.astype(jnp.float32))
+        params = self.fit(groups, batch_dims=batch_dims)
+        return self.assemble(self.join(self.codes(groups, params), x.shape[-1]), params)
+
+    def decode(self, parts: Parts, length: int) -> jax.Array:
+        codes, params = self.disassemble(parts, length)
+        return self.join(self.values(self.split(codes), params), length)

@@ -1,0 +1,1 @@
+"""stowax: JAX models in less memory."""
