@@ -1,1 +1,3 @@
-"""TODO."""
+"""Functions on arrays: codecs and low-bit kernels."""
+
+from . import codecs as codecs

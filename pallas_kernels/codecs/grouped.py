@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from .base import Codec, Parts
+from .check import validate, validate_params
 from .packing import pack_bits, unpack_bits
 
 Params = dict[str, jax.Array]
@@ -97,10 +98,30 @@ class GroupCodec(Codec):
         return unpack_bits(parts["codes"], self.bits, length), params
 
     def encode(self, x: jax.Array, *, batch_dims: int = 0) -> Parts:
+        validate(x, batch_dims=batch_dims)
         groups = self.split(x.astype(jnp.float32))
         params = self.fit(groups, batch_dims=batch_dims)
+        validate_params(params, x, self.name)
         return self.assemble(self.join(self.codes(groups, params), x.shape[-1]), params)
 
     def decode(self, parts: Parts, length: int) -> jax.Array:
         codes, params = self.disassemble(parts, length)
         return self.join(self.values(self.split(codes), params), length)
+
+
+def check_granularity(group: int | None, per_tensor: bool) -> None:
+    """Raises unless `group` and `per_tensor` say one thing."""
+    if group is not None and group < 1:
+        raise ValueError(f"`group` is {group}; expected a positive number of elements")
+    if group is not None and per_tensor:
+        raise ValueError(f"`group` is {group} and `per_tensor` is set; a codec has one of them")
+
+
+def granularity_suffix(group: int | None, per_tensor: bool) -> str:
+    """The part of a codec's name that says what one scale covers."""
+    return "-tensor" if per_tensor else "" if group is None else f"-g{group}"
+
+
+def reduce_axes(groups: jax.Array, per_tensor: bool, batch_dims: int) -> tuple[int, ...]:
+    """The axes of ``[*lead, n_groups, group]`` that share a scale."""
+    return tuple(range(batch_dims, groups.ndim)) if per_tensor else (-1,)
