@@ -1,7 +1,7 @@
 """Refusing what no codec can store: NaN and inf by name, scales that overflow, empty tensors.
 
-Values can only be looked at when they are there: under `jax.jit` (on tracers) only shapes and dtypes are
-checked, and the caller validates before.
+Values can only be looked at when they are there: under `jax.jit` (on tracers) only shapes and
+dtypes are checked, and the caller validates before.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def validate(x: jax.Array, name: str = "x", *, batch_dims: int = 0) -> None:
         )
     if not 0 <= batch_dims < x.ndim:
         raise ValueError(
-            f"`batch_dims` is {batch_dims}; expected 0 to {x.ndim - 1}, the number of leading axes of"
-            f" `{name}` {x.shape}"
+            f"`batch_dims` is {batch_dims}; expected 0 to {x.ndim - 1}, the number of leading axes"
+            f" of `{name}` {x.shape}"
         )
     if is_concrete(x) and not bool(jnp.isfinite(x).all()):
         raise ValueError(_not_finite(x, name))
@@ -49,12 +49,12 @@ def validate_params(params: Mapping[str, jax.Array], x: jax.Array, codec: str) -
     for name, value in params.items():
         if not bool(jnp.isfinite(value).all()):
             raise ValueError(
-                f"the `{name}` of {codec} overflows its dtype: `x` reaches {largest:.3g}. Store scales"
-                " in float32 (add `-f32` to the codec) or scale the tensor down first"
+                f"the `{name}` of {codec} overflows its dtype: `x` reaches {largest:.3g}. Store"
+                " scales in float32 (add `-f32` to the codec) or scale the tensor down first"
             )
     if largest > 0 and not bool(jnp.any(params["scale"] != 0)):
         raise ValueError(
-            f"the `scale` of {codec} underflows to zero: `x` reaches only {largest:.3g}, all of it would"
+            f"the `scale` of {codec} underflows to zero: `x` reaches only {largest:.3g} and would"
             " be lost. Store scales in float32 (add `-f32` to the codec) or scale the tensor up first"
         )
 

@@ -1,14 +1,14 @@
 """Scalar grids with a scale for each group: the frame of the int, float and table codecs.
 
-A member says how a group's parameters are fitted and how one number becomes a code and back; this file
-groups, packs and counts. Solvers (GPTQ, HQQ, clip search) work through the same five methods, so a new
-grid works with all of them:
+A member says how a group's parameters are fitted and how one number becomes a code and back; this
+file groups, packs and counts. Solvers (GPTQ, HQQ, clip search) work through the same five methods,
+so a new grid works with all of them:
 
-    groups = codec.split(x)                    # f32[*lead, n_groups, group], last group zero-padded
-    params = codec.fit(groups)                 # each f32[*lead, n_groups, 1], as they will be stored
-    codes  = codec.codes(groups, params)       # uint8, the nearest level
-    values = codec.values(codes, params)       # f32
-    parts  = codec.assemble(codec.join(codes, length), params)
+    groups = codec.split(x)                    # f32[*lead, n_groups, group], last group
+    zero-padded params = codec.fit(groups)                 # each f32[*lead, n_groups, 1], as they
+    will be stored codes  = codec.codes(groups, params)       # uint8, the nearest level values =
+    codec.values(codes, params)       # f32 parts  = codec.assemble(codec.join(codes, length),
+    params)
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .check import validate, validate_params
 from .packing import pack_bits, unpack_bits
 
 Params = dict[str, jax.Array]
+SCALE_DTYPES = {"f16": jnp.float16, "bf16": jnp.bfloat16, "f32": jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,8 @@ class GroupCodec(Codec):
     """A scalar grid over groups of the encoded axis.
 
     Attributes:
-      group: elements that one scale covers; None is one scale for the whole encoded axis (a channel).
+      group: elements that one scale covers; None is one scale for the whole encoded axis (a
+      channel).
     """
 
     group: int | None = None
@@ -67,7 +69,7 @@ class GroupCodec(Codec):
 
     @abc.abstractmethod
     def store(self, params: Params) -> Parts:
-        """Parameters in their storage dtypes, each ``[*lead, n_groups]``; exact on what `fit` gives."""
+        """Parameters as stored, each ``[*lead, n_groups]``; exact on what `fit` gives."""
 
     @abc.abstractmethod
     def load(self, parts: Parts) -> Params:
@@ -125,3 +127,21 @@ def granularity_suffix(group: int | None, per_tensor: bool) -> str:
 def reduce_axes(groups: jax.Array, per_tensor: bool, batch_dims: int) -> tuple[int, ...]:
     """The axes of ``[*lead, n_groups, group]`` that share a scale."""
     return tuple(range(batch_dims, groups.ndim)) if per_tensor else (-1,)
+
+
+def check_scale_dtype(scale_dtype: str) -> None:
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(
+            f"`scale_dtype` is {scale_dtype!r}; expected one of {sorted(SCALE_DTYPES)}"
+        )
+
+
+def round_scale(scale: jax.Array, scale_dtype: str) -> jax.Array:
+    """`scale` rounded to what `scale_dtype` holds, as float32; never a negative zero."""
+    scale = scale.astype(SCALE_DTYPES[scale_dtype]).astype(jnp.float32)
+    return jnp.where(scale == 0, 0.0, scale)
+
+
+def nonzero(scale: jax.Array) -> jax.Array:
+    """`scale` fit to divide by: a group of zeros has the scale 0."""
+    return jnp.where(scale == 0, 1.0, scale)

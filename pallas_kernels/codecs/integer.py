@@ -1,14 +1,15 @@
 """Uniform integer grids of 1 to 8 bits, symmetric or with a zero point.
 
-Asymmetric: ``x' = scale * (code - zero)`` with ``scale = (max - min) / (2**bits - 1)`` over a range that
-is made to hold 0, and an integer zero point ``round(-min / scale)``; both are stored (the zero point
-as float16 too, so that solvers may move it off the integers, as HQQ does). No value is further than
-half a step from its level.
+Asymmetric: ``x' = scale * (code - zero)`` with ``scale = (max - min) / (2**bits - 1)`` over a
+range that is made to hold 0, and an integer zero point ``round(-min / scale)``; both are stored
+(the zero point as float16 too, so that solvers may move it off the integers, as HQQ does). No
+value is further than half a step from its level.
 
-Symmetric: ``x' = scale * (code - 2**(bits-1))``. The full range is used: the scale takes the sign that maps
-the value of largest magnitude to the code 0, that is to level ``-2**(bits-1)`` (llama.cpp's Q4_0 does
-the same); a value of the other sign and as large may be one step from its level. One bit is
-``+-scale / 2`` with twice the mean magnitude as scale (XNOR-Net), exact zeros not counted.
+Symmetric: ``x' = scale * (code - 2**(bits-1))``. The full range is used: the scale takes the sign
+that maps the value of largest magnitude to the code 0, that is to level ``-2**(bits-1)``
+(llama.cpp's Q4_0 does the same); a value of the other sign and as large may be one step from its
+level. One bit is ``+-scale / 2`` with twice the mean magnitude as scale (XNOR-Net), exact zeros
+not counted.
 """
 
 from __future__ import annotations
@@ -19,9 +20,17 @@ import jax
 import jax.numpy as jnp
 
 from .base import Parts
-from .grouped import GroupCodec, Params, check_granularity, granularity_suffix, reduce_axes
-
-SCALE_DTYPES = {"f16": jnp.float16, "bf16": jnp.bfloat16, "f32": jnp.float32}
+from .grouped import (
+    SCALE_DTYPES,
+    GroupCodec,
+    Params,
+    check_granularity,
+    check_scale_dtype,
+    granularity_suffix,
+    nonzero,
+    reduce_axes,
+    round_scale,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +39,8 @@ class Int(GroupCodec):
 
     Attributes:
       bits: 1 to 8.
-      symmetric: no zero point. By default 8 bits and 1 bit are symmetric and the others are not: a zero
-        point buys more there than the same bytes spent on smaller groups.
+      symmetric: no zero point. By default 8 bits and 1 bit are symmetric and the others are not:
+        a zero point buys more there than the same bytes spent on smaller groups.
       per_tensor: one scale for the whole tensor (for each batch entry).
       scale_dtype: what scales and zero points are stored in: ``f16``, ``bf16`` or ``f32``.
     """
@@ -47,19 +56,19 @@ class Int(GroupCodec):
         check_granularity(self.group, self.per_tensor)
         check_scale_dtype(self.scale_dtype)
         if self.symmetric is None:
-            object.__setattr__(self, "symmetric", self.bits in (1, 8))
+            object.__setattr__(self, "symmetric", self._symmetric_by_default)
 
     @property
     def name(self) -> str:
-        kind = (
-            "" if self.symmetric == (self.bits in (1, 8)) else "-sym" if self.symmetric else "-asym"
-        )
+        kind = "-sym" if self.symmetric else "-asym"
+        kind = "" if self.symmetric == self._symmetric_by_default else kind
         dtype = "" if self.scale_dtype == "f16" else f"-{self.scale_dtype}"
         return f"int{self.bits}{granularity_suffix(self.group, self.per_tensor)}{kind}{dtype}"
 
     @property
-    def levels(self) -> int:
-        return 2**self.bits - 1  # the largest code
+    def last(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
 
     @property
     def middle(self) -> float:
@@ -71,20 +80,19 @@ class Int(GroupCodec):
     ) -> Params:
         axes = reduce_axes(groups, self.per_tensor, batch_dims)
         if self.symmetric and self.bits == 1:
-            nonzero = jnp.sum(groups != 0, axis=axes, keepdims=True)
-            mean = jnp.sum(jnp.abs(groups), axis=axes, keepdims=True) / jnp.maximum(nonzero, 1)
-            return {"scale": self._rounded(2 * mean * shrink)}
+            return {"scale": self._round(2 * _mean_magnitude(groups, axes) * shrink)}
         low = jnp.minimum(jnp.min(groups, axis=axes, keepdims=True), 0) * shrink
         high = jnp.maximum(jnp.max(groups, axis=axes, keepdims=True), 0) * shrink
         if self.symmetric:
-            return {"scale": self._rounded(-jnp.where(high > -low, high, low) / self.middle)}
-        scale = self._rounded(high / self.levels - low / self.levels)  # max - min could overflow
-        zero = jnp.clip(jnp.round(-low / _nonzero(scale)), 0, self.levels)
+            extreme = jnp.where(high > -low, high, low)
+            return {"scale": self._round(-extreme / self.middle)}
+        scale = self._round(high / self.last - low / self.last)  # high - low could overflow
+        zero = jnp.clip(jnp.round(-low / nonzero(scale)), 0, self.last)
         return {"scale": scale, "zero": zero}
 
     def codes(self, x: jax.Array, params: Params) -> jax.Array:
-        level = x / _nonzero(params["scale"]) + params.get("zero", self.middle)
-        return jnp.clip(jnp.round(level), 0, self.levels).astype(jnp.uint8)
+        level = x / nonzero(params["scale"]) + params.get("zero", self.middle)
+        return jnp.clip(jnp.round(level), 0, self.last).astype(jnp.uint8)
 
     def values(self, codes: jax.Array, params: Params) -> jax.Array:
         zero = params.get("zero", jnp.float32(self.middle))
@@ -97,17 +105,14 @@ class Int(GroupCodec):
     def load(self, parts: Parts) -> Params:
         return {k: v.astype(jnp.float32)[..., None] for k, v in parts.items()}
 
-    def _rounded(self, scale: jax.Array) -> jax.Array:
-        scale = scale.astype(SCALE_DTYPES[self.scale_dtype]).astype(jnp.float32)
-        return jnp.where(scale == 0, 0.0, scale)  # no negative zero
+    @property
+    def _symmetric_by_default(self) -> bool:
+        return self.bits in (1, 8)
+
+    def _round(self, scale: jax.Array) -> jax.Array:
+        return round_scale(scale, self.scale_dtype)
 
 
-def check_scale_dtype(scale_dtype: str) -> None:
-    if scale_dtype not in SCALE_DTYPES:
-        raise ValueError(
-            f"`scale_dtype` is {scale_dtype!r}; expected one of {sorted(SCALE_DTYPES)}"
-        )
-
-
-def _nonzero(scale: jax.Array) -> jax.Array:
-    return jnp.where(scale == 0, 1.0, scale)
+def _mean_magnitude(groups: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    count = jnp.sum(groups != 0, axis=axes, keepdims=True)  # zeros may be padding
+    return jnp.sum(jnp.abs(groups), axis=axes, keepdims=True) / jnp.maximum(count, 1)

@@ -1,8 +1,8 @@
 """Codes of 1 to 8 bits packed densely in bytes, without a float round trip.
 
-A width that divides 8 is one *plane*: code `i` sits in byte ``i // (8 // width)``, low bits first. The
-other widths are split into such planes, high bits first (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2,
-7 = 4 + 2 + 1), and the planes' bytes follow each other. Unpacking is shifts and masks on any backend.
+A width that divides 8 is one *plane*: code `i` sits in byte ``i // (8 // width)``, low bits first.
+The other widths are split into such planes, high bits first (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 =
+4 + 2 + 1), and the planes' bytes follow each other. Unpacking is shifts and masks on any backend.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 PLANES: dict[int, tuple[int, ...]] = {
     1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,),
@@ -57,6 +58,11 @@ def _pack_plane(codes: jax.Array, width: int) -> jax.Array:
 def _unpack_plane(packed: jax.Array, width: int, length: int) -> jax.Array:
     if width == 8:
         return packed
-    shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)
-    codes = (packed[..., None] >> shifts) & jnp.uint8(2**width - 1)
+    # 32-bit words: on the CPU three times as fast as bytes, whose shifts XLA does not vectorize
+    pad = -packed.shape[-1] % 4
+    if pad:
+        packed = jnp.pad(packed, [(0, 0)] * (packed.ndim - 1) + [(0, pad)])
+    words = lax.bitcast_convert_type(packed.reshape(*packed.shape[:-1], -1, 4), jnp.uint32)
+    shifts = jnp.arange(0, 32, width, dtype=jnp.uint32)
+    codes = ((words[..., None] >> shifts) & (2**width - 1)).astype(jnp.uint8)
     return codes.reshape(*packed.shape[:-1], -1)[..., :length]

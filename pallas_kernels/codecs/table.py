@@ -1,7 +1,7 @@
 """Every codec by name. A new codec is one small file and one line in `CODECS`.
 
-A spec is a head and options: ``int4-g64-sym`` is the head ``int4`` with a group of 64, symmetric. Which
-options a head takes follows from the fields of its class.
+A spec is a head and options: ``int4-g64-sym`` is the head ``int4`` with a group of 64, symmetric.
+Which options a head takes follows from the fields of its class.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ import re
 
 from .base import Codec
 from .cast import Cast
+from .fp8 import Fp8
 from .integer import Int
+from .mx import Mx
+from .nf4 import NF4
+from .nvfp4 import Nvfp4
 
 # head: (class, its fixed fields, examples of the options that it takes)
 CODECS: dict[str, tuple[type[Codec], dict[str, object], tuple[str, ...]]] = {
@@ -21,6 +25,13 @@ CODECS: dict[str, tuple[type[Codec], dict[str, object], tuple[str, ...]]] = {
         f"int{bits}": (Int, {"bits": bits}, ("", "-g64", "-g32-sym", "-g128-asym", "-tensor"))
         for bits in range(1, 9)
     },
+    "nf4": (NF4, {}, ("", "-g64", "-tensor", "-g64-f32")),
+    "fp8_e4m3": (Fp8, {"element": "e4m3"}, ("", "-g128", "-tensor", "-g64-bf16")),
+    "fp8_e5m2": (Fp8, {"element": "e5m2"}, ("", "-g128", "-tensor")),
+    "mxfp4": (Mx, {"element": "e2m1"}, ("",)),
+    "mxfp8_e4m3": (Mx, {"element": "e4m3"}, ("",)),
+    "mxfp8_e5m2": (Mx, {"element": "e5m2"}, ("",)),
+    "nvfp4": (Nvfp4, {}, ("",)),
     **{dtype: (Cast, {"dtype": dtype}, ("",)) for dtype in ("f32", "f16", "bf16")},
 }
 
@@ -28,6 +39,9 @@ ALIASES = {"float32": "f32", "fp32": "f32", "float16": "f16", "fp16": "f16", "bf
 
 FORMS = (
     "int<1-8>[-g<N>|-tensor][-sym|-asym][-f32|-bf16] (also w<1-8>[g<N>])",
+    "nf4[-g<N>|-tensor][-f32|-bf16]",
+    "fp8_e4m3, fp8_e5m2, each [-g<N>|-tensor][-f16|-bf16]",
+    "mxfp4, mxfp8_e4m3, mxfp8_e5m2, nvfp4",
     "f32, f16, bf16",
 )
 
@@ -36,7 +50,8 @@ def get(spec: str | Codec) -> Codec:
     """The codec of a name such as ``int4-g64``, ``w4g64``, ``nf4-g64`` or ``q4_k``.
 
     Args:
-      spec: a canonical name (see `names`), an alias, or a codec, which comes back as it is. Case and
+      spec: a canonical name (see `names`), an alias, or a codec, which comes back as it is. Case
+      and
         order of options do not matter.
 
     Raises:
