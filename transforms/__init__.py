@@ -1,1 +1,15 @@
-"""TODO."""
+"""Function transforms: low-bit weights in any JAX program."""
+
+from . import solvers as solvers
+from .chain import Chain as Chain
+from .chain import chain as chain
+from .explain import EncodeReport as EncodeReport
+from .explain import Explanation as Explanation
+from .quantize import Quantize as Quantize
+from .quantize import quantize as quantize
+from .solvers import clip_search as clip_search
+from .solvers import gptq as gptq
+from .solvers import hqq as hqq
+from .solvers import rounding as rounding
+from .transform import Transform as Transform
+from .transform import Transformed as Transformed

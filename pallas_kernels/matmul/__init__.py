@@ -1,0 +1,57 @@
+"""Matmul with a packed right side.
+
+Letters: ``M`` rows of `x`, ``K`` the contracted axis, ``N`` rows of the weight as it is stored, ``B`` batch axes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from ..codecs import Packed
+from . import reference, xla
+
+IMPLEMENTATIONS = {"xla": xla.matmul, "reference": reference.matmul}
+
+
+def matmul(
+    x: jax.Array,
+    w: Packed,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """``x @ w.T`` for a packed `w`, without holding more than a tile of the decoded `w`.
+
+    Args:
+      x: ``[*B, M, K]``, float.
+      w: a packed ``[*B, N, K]``, encoded along K.
+      precision: as in `jax.lax.dot_general`.
+      preferred_element_type: as in `jax.lax.dot_general`.
+      implementation: "xla", "reference", or None for the best that this backend has.
+
+    Returns:
+      ``[*B, M, N]``. Gradients flow to `x` and to the float parts of `w`; the decoded weight is not kept
+      for the backward pass.
+
+    Raises:
+      ValueError: for shapes that do not fit, or an unknown `implementation`.
+    """
+    if x.ndim != w.ndim or x.shape[-1] != w.shape[-1] or x.shape[:-2] != w.shape[:-2]:
+        raise ValueError(
+            f"`x` {x.shape} and `w` {w.shape} do not fit: expected [*B, M, K] and [*B, N, K]"
+        )
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"`implementation` is {implementation!r}; expected one of {sorted(IMPLEMENTATIONS)} or None"
+        )
+    run = IMPLEMENTATIONS[implementation or "xla"]
+    return run(x, w, precision=precision, preferred_element_type=preferred_element_type)
+
+
+def kernel_name(w: Packed) -> str:
+    """What `matmul` will run for `w` here, for reports."""
+    tiles = xla.tile_count(w)
+    return "xla: decode + dot" if tiles == 1 else f"xla: decode + dot, {tiles} tiles"

@@ -1,0 +1,74 @@
+"""The one file that knows which JAX this is: parameters of primitives that are not public.
+
+Tested on jax 0.11.2 and on the newest release that ``pyproject.toml`` allows;
+``tests/transforms/test_compat.py`` keeps the parameter names of every primitive used here, so that an upgrade
+that moves one fails there by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core as jex
+
+Jaxpr = jex.Jaxpr
+Eqn = jex.JaxprEqn
+
+_JAXPR_TYPES = tuple({jex.Jaxpr, jex.ClosedJaxpr})
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Sequence[Any]]:
+    """A jaxpr and its constants. Before 0.11 a `ClosedJaxpr` holds both, since then a `Jaxpr` does."""
+    consts = tuple(getattr(jaxpr, "consts", ()))
+    return getattr(jaxpr, "jaxpr", jaxpr), consts
+
+
+def scan_split(eqn: Eqn) -> tuple[int, int]:
+    """How many operands of a `scan` are constants and how many are carries; the rest are scanned."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def bind(eqn: Eqn, values: Sequence[Any]) -> list[Any]:
+    """Runs or traces `eqn` again on other operands: custom rules, policies and effects are kept."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    if isinstance(params, tuple):  # before 0.10: (functions, params)
+        functions, params = params
+        values = [*functions, *values]
+    with eqn.ctx.manager:
+        out = eqn.primitive.bind(*values, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def inner_jaxprs(eqn: Eqn) -> list[Any]:
+    """Every jaxpr among the parameters of `eqn`."""
+    found = []
+    for value in eqn.params.values():
+        items = value if isinstance(value, (tuple, list)) else (value,)
+        found += [item for item in items if isinstance(item, _JAXPR_TYPES)]
+    return found
+
+
+def read(env: dict[Any, Any], atoms: Iterable[Any]) -> list[Any]:
+    """Values of variables and literals."""
+    return [atom.val if isinstance(atom, jex.Literal) else env[atom] for atom in atoms]
+
+
+def where(eqn: Eqn) -> str:
+    """The name scopes around `eqn`, for reports."""
+    return str(getattr(eqn.source_info, "name_stack", ""))
+
+
+def is_specified(sharding: Any) -> bool:
+    return type(sharding).__name__ != "UnspecifiedValue"
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is traced; everything else (functions, strings, Python numbers) is static."""
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) or (
+        hasattr(leaf, "shape") and hasattr(leaf, "dtype") and hasattr(leaf, "__array__")
+    )

@@ -1,0 +1,123 @@
+"""A function as a program: its jaxpr, the tree of its arguments, and which leaves hold what.
+
+In goes any JAX function and its arguments, some leaves of which may be `Packed`. Out comes the jaxpr of the
+function on the tensors that those stand for. Leaves that are no arrays (activation functions in an Equinox
+module, flags, strings) are static: they stay with the function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from stowax.pallas_kernels.codecs import Packed
+
+from . import compat
+
+Roles = Mapping[str, tuple[int | str, ...]]
+
+
+def is_packed(x: Any) -> bool:
+    return isinstance(x, Packed)
+
+
+def path_string(path: Sequence[Any]) -> str:
+    """A pytree path as ``layers/attn/q/weight``."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Path and leaf of each leaf of `tree`, a `Packed` counted as one leaf."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_packed)
+    return [(path_string(path), leaf) for path, leaf in found]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced function.
+
+    Attributes:
+      jaxpr: of the traced leaves, in order.
+      leaves: the traced leaves as they were given (arrays, shapes or `Packed`).
+      names: the path of each leaf that has a role, "" for the others.
+      out_tree: structure of the result.
+    """
+
+    jaxpr: Any
+    leaves: tuple[Any, ...]
+    names: tuple[str, ...]
+    out_tree: Any
+
+
+def trace(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    params: tuple[int | str, ...],
+) -> Program:
+    """Traces `fn` as it is, every `Packed` leaf replaced by the tensor that it stands for."""
+    found, tree = jax.tree_util.tree_flatten((args, kwargs), is_leaf=is_packed)
+    traced = [i for i, leaf in enumerate(found) if is_packed(leaf) or compat.is_array(leaf)]
+    holder: list[Any] = []
+
+    def flat(*values: Any) -> list[Any]:
+        leaves = list(found)
+        for i, value in zip(traced, values):
+            leaves[i] = value
+        call_args, call_kwargs = jax.tree_util.tree_unflatten(tree, leaves)
+        out, out_tree = jax.tree_util.tree_flatten(fn(*call_args, **call_kwargs))
+        holder.append(out_tree)
+        return out
+
+    leaves = tuple(found[i] for i in traced)
+    jaxpr = jax.make_jaxpr(flat)(*map(_logical, leaves))
+    names = _role_names(fn, args, kwargs, params)
+    assert len(names) == len(found)
+    return Program(jaxpr, leaves, tuple(names[i] for i in traced), holder[0])
+
+
+def _logical(leaf: Any) -> Any:
+    if not is_packed(leaf):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _role_names(fn: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], params) -> list[str]:
+    """The path of every leaf inside an argument that holds weights; "" for other leaves."""
+    chosen = select(fn, args, kwargs, params)
+    names: list[str] = []
+    for key, arg in [*enumerate(args), *sorted(kwargs.items())]:
+        leaves = named_leaves(arg)
+        names += [path or str(key) for path, _ in leaves] if key in chosen else [""] * len(leaves)
+    return names
+
+
+def select(
+    fn: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], params: Sequence[int | str]
+) -> list[int | str]:
+    """Which positions and keywords of this call `params` means (a name may be passed by position)."""
+    chosen: list[int | str] = []
+    for key in params:
+        if isinstance(key, str) and key not in kwargs:
+            key = _position(fn, key)
+        if (isinstance(key, int) and not -len(args) <= key < len(args)) or (
+            isinstance(key, str) and key not in kwargs
+        ):
+            raise ValueError(
+                f"`params` names argument {key!r}, but the call has {len(args)} positional "
+                f"arguments and keywords {sorted(kwargs)}: pass the weights there, or change `params`"
+            )
+        chosen.append(key % len(args) if isinstance(key, int) else key)
+    return chosen
+
+
+def _position(fn: Any, name: str) -> int | str:
+    try:
+        names = list(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):
+        return name
+    return names.index(name) if name in names else name

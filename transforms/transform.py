@@ -1,0 +1,333 @@
+"""Transforms: what the user composes, and the function that comes out.
+
+A transform looks at the weights of a program and claims some of them, each with a codec and a solver. `Transformed`
+is the original function with the claims of its transforms carried out: `encode` packs the weights offline, one leaf at a
+time; calling it rewrites the program and runs it; `explain` says what happened to every leaf.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from stowax.pallas_kernels import codecs
+from stowax.pallas_kernels.codecs import Codec, Packed
+
+from . import storage
+from .calibrate import calibrate
+from .core import Interpreter, Recorder, Use, is_packed, named_leaves, trace
+from .core.program import Program, select
+from .explain import EncodeReport, EncodeRow, Explanation, Row
+from .solvers import Solver, solve_storage
+from .storage import Storage
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A leaf of an argument that holds weights.
+
+    Attributes:
+      name: its path, as ``layers/attn/q/weight``.
+      value: the array, its shape, or a `Packed`.
+      uses: how the program uses it; None where no program was looked at.
+    """
+
+    name: str
+    value: Any
+    uses: tuple[Use, ...] | None
+
+    def storage(self) -> Storage | None:
+        """How to store it as a weight; None if it is not one."""
+        if not jnp.issubdtype(self.value.dtype, jnp.floating):
+            return None
+        if self.uses is None:
+            return storage.from_name(self.name, self.value.ndim)
+        return storage.from_uses(self.value.ndim, self.uses)
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """What a transform does with a leaf: `codec` None keeps it as it is."""
+
+    codec: Codec | None
+    solver: Solver
+    storage: Storage | None = None
+
+
+class Transform(Protocol):
+    """A function transform: what `quantize` and `chain` give."""
+
+    def claim(self, leaves: Sequence[Leaf], strict: bool) -> dict[str, Claim]:
+        """The leaves that this transform takes, by name. Raises ValueError for rules without a leaf."""
+        ...
+
+    def __call__(
+        self,
+        fn: Callable[..., Any],
+        *,
+        params: int | str | Sequence[int | str] = 0,
+        strict: bool = True,
+    ) -> Transformed:
+        """The function with this transform applied; see `Transformed`."""
+        ...
+
+
+class Applicable:
+    """Gives a transform its ``transform(fn, params=0)``."""
+
+    def __call__(
+        self: Any,
+        fn: Callable[..., Any],
+        *,
+        params: int | str | Sequence[int | str] = 0,
+        strict: bool = True,
+    ) -> Transformed:
+        """Applies the transform to `fn`.
+
+        Args:
+          fn: any JAX function; it is traced, never patched.
+          params: position or name of the argument that holds the weights, or several of them.
+          strict: rules that match nothing, and constructs that can't be rewritten, are errors.
+        """
+        roles = (params,) if isinstance(params, (int, str)) else tuple(params)
+        return Transformed(fn, self, roles, strict)
+
+
+class Transformed:
+    """A function whose weights are stored by a plan. Call it, jit it, differentiate it, export it.
+
+    Attributes:
+      fn: the original function.
+      transform: what is applied to it.
+      params: which arguments hold weights.
+      report: what the last `encode` did to each leaf, with its errors; None before.
+    """
+
+    def __init__(self, fn: Any, transform: Transform, params: tuple[int | str, ...], strict: bool):
+        if not callable(fn):
+            raise TypeError(
+                f"`fn` must be a function; got {type(fn).__name__}. Wrap a Flax module with sx.flax."
+            )
+        functools.update_wrapper(self, fn, updated=())
+        self.fn, self.transform, self.params, self.strict = fn, transform, params, strict
+        self.report: EncodeReport | None = None
+
+    def __repr__(self) -> str:
+        return f"{self.transform}({getattr(self.fn, '__name__', self.fn)}, params={self.params})"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function on encoded weights."""
+        program = trace(self.fn, args, kwargs, self.params)
+        self._check_encoded(program)
+        if any(is_packed(leaf) and leaf.guessed for leaf in program.leaves):
+            self._check_guesses(program)
+        out = Interpreter(strict=self.strict).run_arrays(None, program.jaxpr, program.leaves)
+        return jax.tree_util.tree_unflatten(program.out_tree, out)
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """Packs the weights, one leaf at a time.
+
+        ``encode(params)`` packs by convention: names and ranks of leaves say which are weights and which axes
+        are contracted. ``encode(params, *rest)``, with the other arguments of a call (arrays or shapes), reads
+        that from the program instead; it is what a calibrated solver does by itself with its calibration data.
+
+        Returns:
+          The argument that holds the weights, its leaves replaced by `Packed` where claimed (a tuple, if there are
+          several such arguments). `report` has the errors of each leaf.
+
+        Raises:
+          ValueError: a rule that matches nothing, a weight with NaN or infinity, both by path.
+        """
+        chosen = select(self.fn, args, kwargs, self.params)
+        given = [args[k] if isinstance(k, int) else kwargs[k] for k in chosen]
+        calibration = self._calibration()
+        if calibration is not None:
+            args = self._with_rest(args, chosen, calibration[0])
+        leaves = self._leaves(args, kwargs, given)
+        claims = self.transform.claim(leaves, self.strict)
+        solved: dict[str, Any] = {}
+        if calibration is not None:
+            batches = [self._with_rest(args, chosen, batch) for batch in calibration]
+            solved = calibrate(self.fn, batches, kwargs, self.params, claims)
+        rows: list[EncodeRow] = []
+        encoded = _encode_leaves(leaves, claims, solved, rows)
+        self.report = EncodeReport(rows)
+        trees = [_replace_leaves(tree, encoded) for tree in given]
+        return trees[0] if len(trees) == 1 else tuple(trees)
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """What is done to every leaf in this call: codec, bytes, kernel at each use, or why not.
+
+        Takes the arguments of a call, with encoded or plain weights, as arrays or shapes.
+        """
+        program = trace(self.fn, args, kwargs, self.params)
+        leaves = _analyse(program)
+        plain = [leaf for leaf in leaves if not is_packed(leaf.value)]
+        claims = self.transform.claim(plain, False) if len(plain) == len(leaves) else {}
+        return Explanation([_explain_row(leaf, claims.get(leaf.name)) for leaf in leaves])
+
+    def jaxprs(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """The jaxpr of the original function and of the rewritten one, for the same call."""
+        program = trace(self.fn, args, kwargs, self.params)
+        return program.jaxpr, jax.make_jaxpr(self)(*args, **kwargs)
+
+    def _check_encoded(self, program: Program) -> None:
+        plain = [n for n, leaf in zip(program.names, program.leaves) if n and not is_packed(leaf)]
+        if len(plain) == sum(map(bool, program.names)) and plain and self.strict:
+            raise ValueError(
+                f"no leaf of `params` is encoded (first: {plain[0]!r}). Call "
+                "`encoded = fast.encode(params, ...)` once and pass `encoded`."
+            )
+
+    def _check_guesses(self, program: Program) -> None:
+        wrong = [
+            leaf
+            for leaf in _analyse(program)
+            if is_packed(leaf.value) and leaf.value.guessed and leaf.uses
+            and not any(use.kind != "other" for use in leaf.uses)
+        ]  # fmt: skip
+        if not wrong:
+            return
+        what = "; ".join(f"{leaf.name!r} (used by {_ops(leaf.uses or ())})" for leaf in wrong)
+        message = (
+            f"encoded by its name, but the program does not use it as a weight: {what}. Pass the call's other "
+            "arguments to `encode`, as in `fast.encode(params, x)`, or keep it with a rule `{path: None}`."
+        )
+        if self.strict:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=3)
+
+    def _calibration(self) -> list[Any] | None:
+        """The calibration batches of the transform's solvers; they must be one set."""
+        sets = [s.calibration for s in _solvers(self.transform) if "hessian" in s.needs]
+        if not sets:
+            return None
+        if any(other is not sets[0] for other in sets):
+            raise ValueError(
+                "the transforms in this chain have different calibration sets; use one"
+            )
+        return list(sets[0])
+
+    def _with_rest(self, args: tuple[Any, ...], chosen: list[Any], batch: Any) -> tuple[Any, ...]:
+        """A call's arguments: the weights from `args`, the others from a calibration batch."""
+        rest = iter(batch if isinstance(batch, tuple) else (batch,))
+        count = len(batch) if isinstance(batch, tuple) else 1
+        weights = {k: args[k] for k in chosen if isinstance(k, int)}
+        total = count + len(weights)
+        return tuple(weights[i] if i in weights else next(rest) for i in range(total))
+
+    def _leaves(self, args: Any, kwargs: Any, given: list[Any]) -> list[Leaf]:
+        if _is_whole_call(self.fn, args, kwargs):
+            return _analyse(trace(self.fn, args, kwargs, self.params))
+        return [
+            Leaf(name, v, None)
+            for tree in given
+            for name, v in named_leaves(tree)
+            if hasattr(v, "dtype")
+        ]
+
+
+def _is_whole_call(fn: Any, args: Any, kwargs: Any) -> bool:
+    try:
+        inspect.signature(fn).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _solvers(transform: Any) -> Iterator[Solver]:
+    for part in getattr(transform, "transforms", (transform,)):
+        if (solver := getattr(part, "solver", None)) is not None:
+            yield solver
+
+
+def _analyse(program: Program) -> list[Leaf]:
+    """The leaves with a role and their uses in the program."""
+    recorder = Recorder()
+    run = Interpreter(strict=False, recorder=recorder)
+    values = [
+        _labelled(leaf, name) if name else leaf for leaf, name in zip(program.leaves, program.names)
+    ]
+    jax.eval_shape(lambda vs: run.run_arrays(None, program.jaxpr, vs), values)
+    uses: dict[str, list[Use]] = {}
+    for use in recorder.uses:
+        uses.setdefault(use.name, []).append(use)
+    return [
+        Leaf(name, leaf, tuple(uses.get(name, ())))
+        for name, leaf in zip(program.names, program.leaves)
+        if name
+    ]
+
+
+def _labelled(leaf: Any, name: str) -> Any:
+    """A leaf that an analysis can follow: itself under its name, all axes still free."""
+    if is_packed(leaf):
+        return dataclasses.replace(leaf, name=name)
+    axes = tuple(range(len(leaf.shape)))
+    view = codecs.storage_view(leaf.shape, jnp.dtype(leaf.dtype).name, axes, ())
+    whole = jax.ShapeDtypeStruct((*leaf.shape, 1), leaf.dtype)
+    return Packed({"values": whole}, codecs.get("f32"), view, name=name)
+
+
+def _encode_leaves(
+    leaves: Sequence[Leaf],
+    claims: Mapping[str, Claim],
+    solved: Mapping[str, Any],
+    rows: list[EncodeRow],
+) -> dict[str, Packed]:
+    encoded: dict[str, Packed] = {}
+    for leaf in leaves:
+        claim = claims.get(leaf.name)
+        if claim is None or claim.codec is None or is_packed(leaf.value):
+            continue
+        packed, info = solved.get(leaf.name) or encode_leaf(leaf.name, leaf.value, claim)
+        encoded[leaf.name] = packed
+        rows.append(EncodeRow.of(leaf, packed, claim.solver.name, info))
+    return encoded
+
+
+def encode_leaf(name: str, value: jax.Array, claim: Claim) -> tuple[Packed, dict[str, Any]]:
+    """One leaf, packed by its claim's solver."""
+    assert claim.codec is not None
+    assert claim.storage is not None
+    lead, inner = claim.storage.lead, claim.storage.inner
+    codecs.validate(value, name)
+    solved = solve_storage(
+        claim.solver,
+        codecs.fold(value, lead, inner),
+        claim.codec,
+        batch_dims=len(claim.storage.batch),
+    )
+    view = codecs.storage_view(value.shape, value.dtype.name, lead, inner)
+    return Packed(solved.parts, claim.codec, view, guessed=claim.storage.guessed), solved.info
+
+
+def _replace_leaves(tree: Any, encoded: Mapping[str, Packed]) -> Any:
+    names = iter([name for name, _ in named_leaves(tree)])
+    return jax.tree.map(lambda leaf: encoded.get(next(names), leaf), tree, is_leaf=is_packed)
+
+
+def _ops(uses: Sequence[Use]) -> str:
+    return ", ".join(sorted({use.op for use in uses})) or "nothing"
+
+
+def _explain_row(leaf: Leaf, claim: Claim | None) -> Row:
+    uses = list(leaf.uses or ())
+    if is_packed(leaf.value):
+        return Row.of(leaf, leaf.value.codec.name, leaf.value.nbytes, "", uses)
+    if claim is not None and claim.codec is not None and claim.storage is not None:
+        shape = leaf.value.shape
+        view = codecs.storage_view(shape, "float32", claim.storage.lead, claim.storage.inner)
+        after = claim.codec.nbytes(view.storage_shape, batch_dims=len(claim.storage.batch))
+        return Row.of(leaf, claim.codec.name, after, "not encoded yet", uses)
+    kept = "kept by a rule" if claim is not None else f"no weight: used by {_ops(uses)}"
+    if claim is None and any(use.kind != "other" for use in uses):
+        kept = "no rule takes it"
+    return Row.of(leaf, "", None, kept, uses)
