@@ -95,6 +95,21 @@ class GgufFile:
             self.tensors[info.name] = info
         _check_overlap(cursor, self.tensors)
 
+    def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """The metadata entry `key`, checked to be a `kind`; `default` where it is absent.
+
+        Raises:
+          ValueError: it has another type, or it is absent and there is no default.
+        """
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise ValueError(f"{self.path}: the metadata lacks {key!r}.")
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            wanted = kind if isinstance(kind, tuple) else (kind,)
+            names = " or ".join(k.__name__ for k in wanted)
+            raise ValueError(f"{self.path}: metadata {key!r} should be {names}, got {value!r:.80}.")
+        return value
+
     def raw(self, name: str) -> np.ndarray:
         """The stored bytes of a tensor, ``uint8[*shape[:-1], row bytes]``; a view of the file."""
         info = self._info(name)

@@ -31,6 +31,8 @@ from flax import nnx
 Params = dict[str, Any]
 Cache = dict[str, Any]
 
+_MAX_SIZE = 2**24  # of any axis; larger ones only come from corrupt files
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
@@ -73,10 +75,12 @@ class LlamaConfig:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         for field in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim"):
             value = getattr(self, field)
-            if not isinstance(value, int) or not 0 < value < 2**31:
-                raise ValueError(f"`{field}` must be a positive int below 2**31, got {value!r}.")
+            if not isinstance(value, int) or not 0 < value <= _MAX_SIZE:
+                raise ValueError(f"`{field}` must be an int from 1 to 2**24, got {value!r}.")
         if self.heads % self.kv_heads:
             raise ValueError(f"`kv_heads` {self.kv_heads} must divide `heads` {self.heads}.")
+        if self.heads * self.head_dim > _MAX_SIZE:
+            raise ValueError(f"`heads` {self.heads} times `head_dim` {self.head_dim} is too large.")
         if self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even for rotary positions, got {self.head_dim}.")
         for field in ("rope_theta", "norm_eps"):

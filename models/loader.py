@@ -101,8 +101,9 @@ def find_smollm2() -> Path:
 def _load_gguf(path: Path, dtype, scan: bool, with_tokenizer: bool) -> Model:
     file = GgufFile(path)
     config, style = gguf_config(file, dtype)
-    plan = leaves(config, scan=scan, style=style)
-    params = load_params(GgufSource(file), plan, ignore={"rope_freqs.weight"}, dtype=dtype)
+    source = GgufSource(file)
+    plan = leaves(config, source, scan=scan, style=style)
+    params = load_params(source, plan, ignore={"rope_freqs.weight"}, dtype=dtype)
     name = str(file.metadata.get("general.name", path.stem))
     text = tokenizer.from_gguf(file) if with_tokenizer else None
     return _model(name, config, scan, params, text, Blocks(file, plan))
@@ -111,7 +112,7 @@ def _load_gguf(path: Path, dtype, scan: bool, with_tokenizer: bool) -> Model:
 def _load_directory(path: Path, dtype, scan: bool, with_tokenizer: bool) -> Model:
     config = hf.read_config(path, dtype)
     source = hf.open_weights(path)
-    plan = leaves(config, scan=scan, style="hf")
+    plan = leaves(config, source, scan=scan, style="hf")
     params = load_params(source, plan, ignore=hf.harmless(source, config), dtype=dtype)
     text = tokenizer.from_directory(path) if with_tokenizer else None
     return _model(path.resolve().name, config, scan, params, text, {})
@@ -135,40 +136,44 @@ def _model(name, config, scan, params, text, blocks) -> Model:
 
 def gguf_config(file: GgufFile, dtype: Any) -> tuple[LlamaConfig, str]:
     """The config in a file's metadata, and the order of its q and k rows (see `weights.leaves`)."""
-    arch = file.metadata.get("general.architecture")
+    arch = file.get("general.architecture", str)
     if arch not in _ROTARY:
         raise ValueError(
             f"{file.path}: architecture {arch!r} is not supported; {sorted(_ROTARY)} are."
         )
-    get = _Getter(file, arch)
-    if get.integer("expert_count", 0):
-        raise ValueError(f"{file.path}: mixtures of experts are not supported.")
-    dim, heads = get.integer("embedding_length"), get.integer("attention.head_count")
-    head_dim = get.integer("attention.key_length", dim // max(heads, 1))
-    for key in ("rope.dimension_count", "attention.value_length"):
-        if get.integer(key, head_dim) != head_dim:
-            raise ValueError(f"{file.path}: {arch}.{key} differs from the head dim {head_dim}.")
-    layers = get.integer("block_count")
-    if layers > len(file.tensors):
-        raise ValueError(f"{file.path}: {layers} layers but only {len(file.tensors)} tensors.")
-    theta = get.number("rope.freq_base", 10_000.0)
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path}: the tensor 'token_embd.weight' is missing.")
+
+    def integer(key: str, default: int | None = None) -> int:
+        return file.get(f"{arch}.{key}", int, default)
+
+    def number(key: str, default: float | None = None) -> float:
+        return float(file.get(f"{arch}.{key}", (int, float), default))
+
+    dim, heads = integer("embedding_length"), integer("attention.head_count")
+    head_dim = integer("attention.key_length", dim // max(heads, 1))
+    for key, only in [
+        ("expert_count", 0),
+        ("rope.dimension_count", head_dim),
+        ("attention.value_length", head_dim),
+    ]:
+        if integer(key, only) != only:
+            raise ValueError(f"{file.path}: {arch}.{key} {integer(key)} is not supported.")
     try:
         config = LlamaConfig(
             vocab_size=file.tensors["token_embd.weight"].shape[0],
             dim=dim,
-            layers=layers,
+            layers=integer("block_count"),
             heads=heads,
-            kv_heads=get.integer("attention.head_count_kv", heads),
+            kv_heads=integer("attention.head_count_kv", heads),
             head_dim=head_dim,
-            ffn_dim=get.integer("feed_forward_length"),
-            rope_theta=theta,
-            rope_factors=_gguf_rope_factors(file, get, head_dim),
-            norm_eps=get.number("attention.layer_norm_rms_epsilon"),
+            ffn_dim=integer("feed_forward_length"),
+            rope_theta=number("rope.freq_base", 10_000.0),
+            rope_factors=_gguf_rope_factors(file, arch, head_dim),
+            norm_eps=number("attention.layer_norm_rms_epsilon"),
             tied="output.weight" not in file.tensors,
             attention_bias="blk.0.attn_q.bias" in file.tensors,
-            context_length=get.integer("context_length", 2048),
+            context_length=integer("context_length", 2048),
             dtype=dtype,
         )
     except ValueError as error:
@@ -176,34 +181,13 @@ def gguf_config(file: GgufFile, dtype: Any) -> tuple[LlamaConfig, str]:
     return config, _ROTARY[arch]
 
 
-def _gguf_rope_factors(file: GgufFile, get: _Getter, head_dim: int):
-    kind = file.metadata.get(f"{get.arch}.rope.scaling.type", "none")
+def _gguf_rope_factors(file: GgufFile, arch: str, head_dim: int) -> tuple[float, ...] | None:
+    kind = file.get(f"{arch}.rope.scaling.type", str, "none")
     if kind not in ("none", "linear"):
         raise ValueError(f"{file.path}: rotary scaling {kind!r} is not supported.")
     if "rope_freqs.weight" in file.tensors:
         return tuple(file.dequantize("rope_freqs.weight").reshape(-1).tolist())
     if kind == "linear":
-        return (get.number("rope.scaling.factor"),) * (head_dim // 2)
+        factor = float(file.get(f"{arch}.rope.scaling.factor", (int, float)))
+        return (factor,) * min(head_dim // 2, 2**24)
     return None
-
-
-class _Getter:
-    """Typed reads of a file's metadata."""
-
-    def __init__(self, file: GgufFile, arch: str):
-        self.file, self.arch = file, arch
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        return self._get(key, default, int, "an int")
-
-    def number(self, key: str, default: float | None = None) -> float:
-        return float(self._get(key, default, (int, float), "a number"))
-
-    def _get(self, key: str, default, kind, what: str):
-        key = f"{self.arch}.{key}"
-        value = self.file.metadata.get(key, default)
-        if value is None:
-            raise ValueError(f"{self.file.path}: the metadata lacks {key!r}.")
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{self.file.path}: {key!r} should be {what}, got {value!r:.80}.")
-        return value

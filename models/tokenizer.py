@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
@@ -103,19 +104,17 @@ def from_gguf(file: GgufFile) -> Tokenizer:
             f"{file.path}: {what}. Pass tokenizer=False to load() to do without a tokenizer."
         )
 
-    get = file.metadata.get
-    kind, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre", "gpt-2")
+    kind = file.get("tokenizer.ggml.model", str, "none")
+    pre = file.get("tokenizer.ggml.pre", str, "gpt-2")
     if kind != "gpt2":
         raise fail(f"tokenizer model {kind!r} is not supported, only byte-level BPE ('gpt2')")
     if pre not in _PRE:
         raise fail(f"pre-tokenizer {pre!r} is not supported; {sorted(_PRE)} are")
-    tokens = _strings(get("tokenizer.ggml.tokens"), "tokenizer.ggml.tokens", fail)
-    merges = _merges(_strings(get("tokenizer.ggml.merges"), "tokenizer.ggml.merges", fail), fail)
-    types = get("tokenizer.ggml.token_type", [1] * len(tokens))
-    if isinstance(types, str) or not hasattr(types, "__len__") or len(types) != len(tokens):
-        raise fail(
-            f"tokenizer.ggml.token_type does not list one type for each of {len(tokens)} tokens"
-        )
+    tokens = file.get("tokenizer.ggml.tokens", list)
+    merges = _merges(file.get("tokenizer.ggml.merges", list), fail)
+    types = file.get("tokenizer.ggml.token_type", np.ndarray, np.ones(len(tokens), np.int32))
+    if len(types) != len(tokens):
+        raise fail(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         raise fail("tokenizer.ggml.tokens has duplicates")
@@ -126,19 +125,18 @@ def from_gguf(file: GgufFile) -> Tokenizer:
     _add_special(core, tokens, types)
 
     def token_id(name: str) -> int | None:
-        value = get(f"tokenizer.ggml.{name}_token_id")
-        if value is not None and not (isinstance(value, int) and 0 <= value < len(tokens)):
-            raise fail(f"tokenizer.ggml.{name}_token_id is {value!r}, not a token")
-        return value
+        value = file.get(f"tokenizer.ggml.{name}_token_id", int, -1)
+        if not -1 <= value < len(tokens):
+            raise fail(f"tokenizer.ggml.{name}_token_id is {value}, not a token")
+        return None if value < 0 else value
 
-    template = get("tokenizer.chat_template")
     ends = {token_id("eos"), token_id("eot")} - {None}
     return Tokenizer(
         core,
         bos_id=token_id("bos"),
         eos_ids=tuple(sorted(ends)),
-        add_bos=get("tokenizer.ggml.add_bos_token", False) is True,
-        chat_template=template if isinstance(template, str) else None,
+        add_bos=file.get("tokenizer.ggml.add_bos_token", bool, False),
+        chat_template=file.get("tokenizer.chat_template", str, "") or None,
     )
 
 
@@ -180,16 +178,10 @@ def _byte_level_bpe(vocab, merges, split_digits: bool, pattern: str) -> tokenize
     return core
 
 
-def _add_special(core: tokenizers.Tokenizer, tokens: list[str], types: Sequence[int]):
+def _add_special(core: tokenizers.Tokenizer, tokens: list[str], types: np.ndarray):
     names = {kind: [t for t, k in zip(tokens, types) if k == kind and t] for kind in (3, 4)}
     core.add_special_tokens([AddedToken(t, normalized=False) for t in names[_CONTROL]])
     core.add_tokens([AddedToken(t, normalized=False) for t in names[_USER_DEFINED]])
-
-
-def _strings(value: Any, key: str, fail) -> list[str]:
-    if not isinstance(value, list) or not value:
-        raise fail(f"{key} is not a list of strings")
-    return value
 
 
 def _merges(lines: list[str], fail) -> list[tuple[str, str]]:

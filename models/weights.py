@@ -82,29 +82,41 @@ class Leaf:
       shape: of the parameter.
       names: the file's tensors: one for each layer of a stacked parameter, otherwise one.
       stacked: the parameter has a leading layer axis.
-      row_order: which row of the file's tensor each row of the parameter is; None for all in order.
+      rotary_heads: number of heads whose rows the file orders for rotary positions on neighbouring
+        pairs (h, h+1) and the model for pairs (h, h + H/2); None where the order is the same.
     """
 
     path: str
     shape: tuple[int, ...]
     names: tuple[str, ...]
     stacked: bool
-    row_order: np.ndarray | None = None
+    rotary_heads: int | None = None
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         return self.shape[1:] if self.stacked else self.shape
 
+    def reorder(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of one of the file's tensors (values or stored bytes) in the model's order."""
+        if self.rotary_heads is None:
+            return rows
+        pairs = rows.reshape(self.rotary_heads, -1, 2, *rows.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(rows.shape)
 
-def leaves(config: LlamaConfig, *, scan: bool, style: str) -> dict[str, Leaf]:
+
+def leaves(config: LlamaConfig, source: Source, *, scan: bool, style: str) -> dict[str, Leaf]:
     """Where each parameter comes from, by path.
 
     Args:
       config: of the model.
+      source: the checkpoint; only how many tensors it has matters here.
       scan: layers are stacked.
       style: ``hf``; ``gguf``; or ``gguf-interleaved``, whose q and k rows are ordered for rotary
         positions on neighbouring pairs (architecture "llama").
     """
+    n_tensors = len(source.shapes())
+    if config.layers > n_tensors:
+        raise ValueError(f"{source.label}: {config.layers} layers but only {n_tensors} tensors.")
     column = 1 if style == "hf" else 0
     prefix = "model.layers.{}." if style == "hf" else "blk.{}."
     found = {}
@@ -112,10 +124,8 @@ def leaves(config: LlamaConfig, *, scan: bool, style: str) -> dict[str, Leaf]:
     for keys, leaf in shapes:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         names, stacked = _names(path, config.layers, scan, column, prefix)
-        order = None
-        if style == "gguf-interleaved":
-            order = _half_split_rows(path, config)
-        found[path] = Leaf(path, tuple(leaf.shape), names, stacked, order)
+        heads = _rotary_heads(path, config) if style == "gguf-interleaved" else None
+        found[path] = Leaf(path, tuple(leaf.shape), names, stacked, heads)
     return found
 
 
@@ -169,8 +179,7 @@ def _read_leaf(source: Source, leaf: Leaf, dtype: Any) -> np.ndarray:
     out = np.empty(leaf.shape, dtype)
     slots = out if leaf.stacked else out[None]
     for slot, name in zip(slots, leaf.names):
-        values = source.read(name)
-        slot[...] = values if leaf.row_order is None else values[leaf.row_order]
+        slot[...] = leaf.reorder(source.read(name))
     return out
 
 
@@ -215,9 +224,7 @@ class Blocks(Mapping[str, Block]):
                 f"`{path}` is stored in several types over the layers ({', '.join(types)}) and"
                 " can't be stacked as it is; load with scan=False for the blocks of each layer."
             )
-        rows = [np.asarray(self._file.raw(name)) for name in leaf.names]
-        if leaf.row_order is not None:
-            rows = [r[leaf.row_order] for r in rows]
+        rows = [leaf.reorder(np.asarray(self._file.raw(name))) for name in leaf.names]
         return Block(types[0], leaf.shape, np.stack(rows) if leaf.stacked else rows[0])
 
     def __iter__(self) -> Iterator[str]:
@@ -239,12 +246,7 @@ def _names(path: str, n_layers: int, scan: bool, column: int, prefix: str):
     return (prefix.format(layer) + _LAYER_NAMES[rest][column],), False
 
 
-def _half_split_rows(path: str, config: LlamaConfig) -> np.ndarray | None:
-    """Row order that turns neighbouring rotary pairs (h, h+1) into pairs (h, h + H/2)."""
-    heads = {"q": config.heads, "k": config.kv_heads}
-    parts = path.split("/")
-    if len(parts) < 3 or parts[-3] != "attn" or parts[-2] not in heads:
-        return None
-    n_heads = heads[parts[-2]]
-    rows = np.arange(n_heads * config.head_dim).reshape(n_heads, config.head_dim // 2, 2)
-    return rows.swapaxes(1, 2).reshape(-1)
+def _rotary_heads(path: str, config: LlamaConfig) -> int | None:
+    if "/attn/q/" in path:
+        return config.heads
+    return config.kv_heads if "/attn/k/" in path else None
