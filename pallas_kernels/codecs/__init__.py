@@ -2,9 +2,18 @@
 
 from .base import Codec as Codec
 from .base import Parts as Parts
+from .blocks import BlockCodec as BlockCodec
 from .cast import Cast as Cast
 from .check import validate as validate
 from .fp8 import Fp8 as Fp8
+from .gguf_k import Q4_K as Q4_K
+from .gguf_k import Q5_K as Q5_K
+from .gguf_k import Q6_K as Q6_K
+from .gguf_legacy import Q4_0 as Q4_0
+from .gguf_legacy import Q4_1 as Q4_1
+from .gguf_legacy import Q5_0 as Q5_0
+from .gguf_legacy import Q5_1 as Q5_1
+from .gguf_legacy import Q8_0 as Q8_0
 from .grouped import GroupCodec as GroupCodec
 from .grouped import Params as Params
 from .integer import Int as Int

@@ -45,7 +45,7 @@ def validate_params(params: Mapping[str, jax.Array], x: jax.Array, codec: str) -
     """Raises where a scale of concrete `x` left the range of its storage dtype."""
     if not is_concrete(x) or not all(is_concrete(p) for p in params.values()):
         return
-    largest = float(jnp.max(jnp.abs(x)))
+    largest = float(jnp.max(jnp.abs(x.astype(jnp.float32))))
     for name, value in params.items():
         if not bool(jnp.isfinite(value).all()):
             raise ValueError(
@@ -54,8 +54,8 @@ def validate_params(params: Mapping[str, jax.Array], x: jax.Array, codec: str) -
             )
     if largest > 0 and not bool(jnp.any(params["scale"] != 0)):
         raise ValueError(
-            f"the `scale` of {codec} underflows to zero: `x` reaches only {largest:.3g} and would"
-            " be lost. Store scales in float32 (add `-f32` to the codec) or scale the tensor up first"
+            f"the `scale` of {codec} underflows to zero: `x` reaches only {largest:.3g}. Store"
+            " scales in float32 (add `-f32` to the codec) or scale the tensor up first"
         )
 
 

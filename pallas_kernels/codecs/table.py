@@ -14,6 +14,8 @@ import re
 from .base import Codec
 from .cast import Cast
 from .fp8 import Fp8
+from .gguf_k import Q4_K, Q5_K, Q6_K
+from .gguf_legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from .integer import Int
 from .mx import Mx
 from .nf4 import NF4
@@ -32,6 +34,10 @@ CODECS: dict[str, tuple[type[Codec], dict[str, object], tuple[str, ...]]] = {
     "mxfp8_e4m3": (Mx, {"element": "e4m3"}, ("",)),
     "mxfp8_e5m2": (Mx, {"element": "e5m2"}, ("",)),
     "nvfp4": (Nvfp4, {}, ("",)),
+    **{
+        cls.__name__.lower(): (cls, {}, ("",))
+        for cls in (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K)
+    },
     **{dtype: (Cast, {"dtype": dtype}, ("",)) for dtype in ("f32", "f16", "bf16")},
 }
 
@@ -42,6 +48,7 @@ FORMS = (
     "nf4[-g<N>|-tensor][-f32|-bf16]",
     "fp8_e4m3, fp8_e5m2, each [-g<N>|-tensor][-f16|-bf16]",
     "mxfp4, mxfp8_e4m3, mxfp8_e5m2, nvfp4",
+    "q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k",
     "f32, f16, bf16",
 )
 
