@@ -7,6 +7,7 @@ why.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -37,17 +38,31 @@ def _dot_general(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[A
         operands = [x, x]
         operands[side] = w.decode()
         return compat.bind(eqn, operands)
-    stored = w.folded(batch[side])
-    run.note(w, eqn, "matmul", kernel_name(stored), inner=inner, rows=rows)
-    y = matmul(
-        fold_inputs(x, w, side, eqn.params["dimension_numbers"]),
-        stored,
-        precision=eqn.params["precision"],
-        preferred_element_type=eqn.params["preferred_element_type"],
-    )
+    how = kernel_name(w.folded(batch[side])) if run.recorder else ""
+    run.note(w, eqn, "matmul", how, inner=inner, rows=rows)
     aval = eqn.outvars[0].aval
-    y = unfold_outputs(y, x, w, side, eqn.params["dimension_numbers"], aval.shape)
-    return [y.astype(aval.dtype)]
+    call = _packed_dot(
+        side,
+        eqn.params["dimension_numbers"],
+        eqn.params["precision"],
+        eqn.params["preferred_element_type"],
+        aval.shape,
+        aval.dtype,
+    )
+    return [call(x, w)]
+
+
+@functools.cache
+def _packed_dot(side: int, numbers: Any, precision: Any, preferred: Any, shape: Any, dtype: Any):
+    """A matmul site as one `jax.jit`: equal sites of a program are traced once."""
+
+    def packed_dot(x: jax.Array, w: Packed) -> jax.Array:
+        stored = w.folded(numbers[1][side])
+        folded = fold_inputs(x, w, side, numbers)
+        y = matmul(folded, stored, precision=precision, preferred_element_type=preferred)
+        return unfold_outputs(y, x, w, side, numbers, shape).astype(dtype)
+
+    return jax.jit(packed_dot)
 
 
 def contracts_encoded(w: Packed, dims: Iterable[int]) -> bool:
