@@ -1,0 +1,58 @@
+# Everything runs in .venv, which the first target you call sets up. `make help` lists the targets.
+
+VENV        := .venv
+NEWEST      := .venv-newest
+CONSTRAINTS := constraints/jax-0.11.2.txt
+JOBS        ?= 2
+PYTEST      := -m pytest -n $(JOBS) --dist worksteal
+
+# The leg on the newest jax: the parts that stand closest to it.
+NEWEST_TESTS ?= tests
+
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## make .venv with the pinned versions
+
+demo: $(VENV)/.ready ## the main job: SmolLM2-135M in fewer bits; writes out/demo/
+	$(VENV)/bin/python -m stowax.experiments.demo
+
+test: $(VENV)/.ready ## the fast tests
+	$(VENV)/bin/python $(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.ready ## the fast and the slow tests
+	$(VENV)/bin/python $(PYTEST)
+
+test-slow: $(VENV)/.ready ## only the slow tests
+	$(VENV)/bin/python $(PYTEST) -m slow
+
+test-newest: $(NEWEST)/.ready ## fast tests on the newest jax that pyproject.toml allows
+	$(NEWEST)/bin/python $(PYTEST) -m "not slow" $(NEWEST_TESTS)
+
+lint: $(VENV)/.ready-dev ## ruff and pyright
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+format: $(VENV)/.ready-dev ## let ruff rewrite what it can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## remove environments, caches and outputs
+	rm -rf $(VENV) $(NEWEST) out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS) .ci/setup
+	.ci/setup $(VENV) $(CONSTRAINTS) test
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	.ci/setup $(VENV) $(CONSTRAINTS) test,dev
+	@touch $@
+
+$(NEWEST)/.ready: pyproject.toml constraints/jax-newest.txt .ci/setup
+	.ci/setup $(NEWEST) constraints/jax-newest.txt test
+	@touch $@
+
+.PHONY: help setup demo test test-all test-slow test-newest lint format clean
