@@ -7,11 +7,13 @@ that moves one fails there by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 from jax.extend import core as jex
+from jax.extend import source_info_util
 
 Jaxpr = jex.Jaxpr
 Eqn = jex.JaxprEqn
@@ -34,14 +36,23 @@ def scan_split(eqn: Eqn) -> tuple[int, int]:
 
 
 def bind(eqn: Eqn, values: Sequence[Any]) -> list[Any]:
-    """Runs or traces `eqn` again on other operands: custom rules, policies and effects are kept."""
+    """Runs or traces `eqn` again on other operands: custom rules, policies, names and effects stay."""
     params = eqn.primitive.get_bind_params(eqn.params)
     if isinstance(params, tuple):  # before 0.10: (functions, params)
         functions, params = params
         values = [*functions, *values]
-    with eqn.ctx.manager:
+    with scope(eqn):
         out = eqn.primitive.bind(*values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@contextlib.contextmanager
+def scope(eqn: Eqn) -> Iterator[None]:
+    """What is traced inside carries the names, the source line and the context of `eqn`."""
+    info = eqn.source_info
+    names = source_info_util.current_name_stack() + info.name_stack
+    with source_info_util.user_context(info.traceback, name_stack=names), eqn.ctx.manager:
+        yield
 
 
 def inner_jaxprs(eqn: Eqn) -> list[Any]:

@@ -104,7 +104,8 @@ class Interpreter:
             return compat.bind(eqn, values)
         handle = RULES.get(eqn.primitive.name)
         if handle is not None:
-            return handle(self, eqn, values)
+            with compat.scope(eqn):
+                return handle(self, eqn, values)
         if compat.inner_jaxprs(eqn) and eqn.primitive.name not in _LEAVES and self.strict:
             raise NotImplementedError(
                 f"`{eqn.primitive.name}` has an inner program that stowax cannot rewrite, and the "
