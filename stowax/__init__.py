@@ -11,5 +11,6 @@ from stowax.transforms import chain as chain
 from stowax.transforms import clip_search as clip_search
 from stowax.transforms import gptq as gptq
 from stowax.transforms import hqq as hqq
+from stowax.transforms import import_blocks as import_blocks
 from stowax.transforms import quantize as quantize
 from stowax.transforms import rounding as rounding

@@ -5,6 +5,7 @@ from .chain import Chain as Chain
 from .chain import chain as chain
 from .explain import EncodeReport as EncodeReport
 from .explain import Explanation as Explanation
+from .imports import import_blocks as import_blocks
 from .quantize import Quantize as Quantize
 from .quantize import quantize as quantize
 from .solvers import clip_search as clip_search

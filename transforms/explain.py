@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
+from stowax.memory_planner import format_bytes
+
 from .core import Use
-from .report import format_bytes, html_table, text_table
+from .report import html_table, text_table
 
 if TYPE_CHECKING:
     from stowax.pallas_kernels.codecs import Packed

@@ -8,15 +8,6 @@ from collections.abc import Sequence
 Cells = Sequence[Sequence[object]]
 
 
-def format_bytes(count: float) -> str:
-    """``1536`` as ``1.50 KiB``."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(count) < 1024:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
-        count /= 1024
-    return f"{count:,.2f} GiB"
-
-
 def text_table(header: Sequence[str], rows: Cells) -> str:
     """Columns aligned: numbers to the right, words to the left."""
     cells = [[str(c) for c in row] for row in rows]

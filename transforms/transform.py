@@ -22,7 +22,7 @@ from stowax.pallas_kernels.codecs import Codec, Packed
 
 from . import storage
 from .calibrate import calibrate
-from .core import Interpreter, Recorder, Use, is_packed, named_leaves, trace
+from .core import Interpreter, Recorder, Use, is_packed, named_leaves, replace_leaves, trace
 from .core.program import Program, select
 from .explain import EncodeReport, EncodeRow, Explanation, Row
 from .solvers import Solver, solve_storage
@@ -159,7 +159,7 @@ class Transformed:
         rows: list[EncodeRow] = []
         encoded = _encode_leaves(leaves, claims, solved, rows)
         self.report = EncodeReport(rows)
-        trees = [_replace_leaves(tree, encoded) for tree in given]
+        trees = [replace_leaves(tree, encoded) for tree in given]
         return trees[0] if len(trees) == 1 else tuple(trees)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
@@ -307,11 +307,6 @@ def encode_leaf(name: str, value: jax.Array, claim: Claim) -> tuple[Packed, dict
     )
     view = codecs.storage_view(value.shape, value.dtype.name, lead, inner)
     return Packed(solved.parts, claim.codec, view, guessed=claim.storage.guessed), solved.info
-
-
-def _replace_leaves(tree: Any, encoded: Mapping[str, Packed]) -> Any:
-    names = iter([name for name, _ in named_leaves(tree)])
-    return jax.tree.map(lambda leaf: encoded.get(next(names), leaf), tree, is_leaf=is_packed)
 
 
 def _ops(uses: Sequence[Use]) -> str:

@@ -20,10 +20,10 @@ TILE_BYTES = 16 * 2**20  # of decoded float32 weights
 
 
 def tile_count(w: Packed) -> int:
-    """How many tiles of rows `w` is decoded in."""
+    """How many tiles of rows `w` is decoded in: if possible a number that divides the rows."""
     rows = w.shape[-2]
-    wanted = math.ceil(4 * math.prod(w.shape[-2:]) / TILE_BYTES)
-    return max(1, min(wanted, rows))
+    wanted = min(rows, max(1, math.ceil(4 * math.prod(w.shape[-2:]) / TILE_BYTES)))
+    return next((n for n in range(wanted, min(4 * wanted, rows) + 1) if rows % n == 0), wanted)
 
 
 def matmul(

@@ -10,4 +10,5 @@ from .program import Program as Program
 from .program import is_packed as is_packed
 from .program import named_leaves as named_leaves
 from .program import path_string as path_string
+from .program import replace_leaves as replace_leaves
 from .program import trace as trace

@@ -122,7 +122,8 @@ class Interpreter:
         """`value`, decoded and recorded if it is packed."""
         if not is_packed(value):
             return value
-        self.note(value, eqn, "other", "decode", reason=reason)
+        if -1 not in value.view.axes:  # gathered rows are what their gather is for
+            self.note(value, eqn, "other", "decode", reason=reason)
         return value.decode()
 
     def note(

@@ -30,10 +30,30 @@ def path_string(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """Path and leaf of each leaf of `tree`, a `Packed` counted as one leaf."""
+def named_leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Path and leaf of each leaf of `tree`, a `Packed` counted as one leaf; `prefix` begins each path.
+
+    Raises:
+      ValueError: two leaves with one path, as of ``{"a/b": x, "a": {"b": y}}``.
+    """
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_packed)
-    return [(path_string(path), leaf) for path, leaf in found]
+    names = ["/".join(filter(None, (prefix, path_string(path)))) for path, _ in found]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two leaves have the path {twice!r}: rename a key that holds a `/`")
+    return [(name, leaf) for name, (_, leaf) in zip(names, found)]
+
+
+def replace_leaves(tree: Any, new: Mapping[str, Any], prefix: str = "") -> Any:
+    """`tree` with the leaves at some paths replaced."""
+    names = iter([name for name, _ in named_leaves(tree, prefix)])
+    return jax.tree.map(lambda leaf: new.get(next(names), leaf), tree, is_leaf=is_packed)
+
+
+def prefixes(weights: Mapping[int | str, Any]) -> dict[int | str, str]:
+    """What begins the paths in each argument that holds weights: nothing, where one has them all."""
+    bare = lambda tree: jax.tree_util.all_leaves([tree], is_leaf=is_packed)
+    return {k: str(k) if len(weights) > 1 or bare(v) else "" for k, v in weights.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +108,14 @@ def _logical(leaf: Any) -> Any:
 
 def _role_names(fn: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], params) -> list[str]:
     """The path of every leaf inside an argument that holds weights; "" for other leaves."""
-    chosen = select(fn, args, kwargs, params)
+    given = dict([*enumerate(args), *sorted(kwargs.items())])
+    prefix = prefixes({k: given[k] for k in select(fn, args, kwargs, params)})
     names: list[str] = []
-    for key, arg in [*enumerate(args), *sorted(kwargs.items())]:
-        leaves = named_leaves(arg)
-        names += [path or str(key) for path, _ in leaves] if key in chosen else [""] * len(leaves)
+    for key, arg in given.items():
+        if key in prefix:
+            names += [name for name, _ in named_leaves(arg, prefix[key])]
+        else:
+            names += [""] * len(jax.tree.leaves(arg, is_leaf=is_packed))
     return names
 
 
