@@ -10,6 +10,7 @@ Source: the block structs and reference quantizers of ggml, as implemented by th
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from typing import ClassVar
 
@@ -48,11 +49,12 @@ class BlockCodec(Codec):
         """Float32 ``[..., block]`` to ``uint8[..., block_bytes]``."""
 
     def encode(self, x: jax.Array, *, batch_dims: int = 0) -> Parts:
+        x = jnp.asarray(x)
         validate(x, batch_dims=batch_dims)
         self._check_length(x.shape[-1])
-        blocks = self.encode_blocks(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, self.block))
-        parts = {"blocks": blocks.reshape(*x.shape[:-1], -1)}
-        self._check_range(x, parts)
+        parts, finite, nonzero = _encode(self, x)
+        if is_concrete(x):
+            self._check_range(x, bool(finite), bool(nonzero))
         return parts
 
     def decode(self, parts: Parts, length: int) -> jax.Array:
@@ -90,18 +92,24 @@ class BlockCodec(Codec):
                 " (q8_0, q4_0: 32) or one that takes any length (int8, int4-g64)"
             )
 
-    def _check_range(self, x: jax.Array, parts: Parts) -> None:
-        if not is_concrete(x) or not is_concrete(parts["blocks"]):
+    def _check_range(self, x: jax.Array, finite: bool, nonzero: bool) -> None:
+        if finite and (nonzero or not bool(jnp.any(x != 0))):
             return
         largest = float(jnp.max(jnp.abs(x.astype(jnp.float32))))
-        stored = self.decode(parts, x.shape[-1])
-        overflow = not bool(jnp.isfinite(stored).all())  # XLA's max on the CPU may lose a NaN
-        if overflow or (largest > 0 and not bool(jnp.any(stored != 0))):
-            problem = "overflow" if overflow else "underflow"
-            raise ValueError(
-                f"the float16 scales of {self.name} {problem}: `x` reaches {largest:.3g}. Scale the"
-                " tensor first or use a codec with float32 scales (int8-f32, int4-g64-f32)"
-            )
+        raise ValueError(
+            f"the float16 scales of {self.name} {'underflow' if finite else 'overflow'}: `x`"
+            f" reaches {largest:.3g}. Scale the tensor first or use a codec with float32 scales"
+            " (int8-f32, int4-g64-f32)"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(codec: BlockCodec, x: jax.Array) -> tuple[Parts, jax.Array, jax.Array]:
+    """The parts of `x`, whether all that they decode to is finite, whether any of it is not 0."""
+    blocks = codec.encode_blocks(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, codec.block))
+    stored = codec.decode_blocks(blocks)
+    parts = {"blocks": blocks.reshape(*x.shape[:-1], -1)}
+    return parts, jnp.isfinite(stored).all(), jnp.any(stored != 0)
 
 
 def f16_at(blocks: jax.Array, start: int) -> jax.Array:

@@ -32,6 +32,7 @@ class Cast(Codec):
         return self.dtype
 
     def encode(self, x: jax.Array, *, batch_dims: int = 0) -> Parts:
+        x = jnp.asarray(x)
         validate(x, batch_dims=batch_dims)
         values = x.astype(DTYPES[self.dtype])
         if is_concrete(values) and not bool(jnp.isfinite(values).all()):

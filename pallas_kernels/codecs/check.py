@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def validate(x: jax.Array, name: str = "x", *, batch_dims: int = 0) -> None:
@@ -37,7 +38,7 @@ def validate(x: jax.Array, name: str = "x", *, batch_dims: int = 0) -> None:
             f"`batch_dims` is {batch_dims}; expected 0 to {x.ndim - 1}, the number of leading axes"
             f" of `{name}` {x.shape}"
         )
-    if is_concrete(x) and not bool(jnp.isfinite(x).all()):
+    if is_concrete(x) and not bool(_all_finite(x)):
         raise ValueError(_not_finite(x, name))
 
 
@@ -45,14 +46,14 @@ def validate_params(params: Mapping[str, jax.Array], x: jax.Array, codec: str) -
     """Raises where a scale of concrete `x` left the range of its storage dtype."""
     if not is_concrete(x) or not all(is_concrete(p) for p in params.values()):
         return
-    largest = float(jnp.max(jnp.abs(x.astype(jnp.float32))))
-    for name, value in params.items():
-        if not bool(jnp.isfinite(value).all()):
+    largest, finite, nonzero = _ranges(x, dict(params))
+    for name, ok in finite.items():
+        if not ok:
             raise ValueError(
                 f"the `{name}` of {codec} overflows its dtype: `x` reaches {largest:.3g}. Store"
                 " scales in float32 (add `-f32` to the codec) or scale the tensor down first"
             )
-    if largest > 0 and not bool(jnp.any(params["scale"] != 0)):
+    if largest > 0 and not nonzero["scale"]:
         raise ValueError(
             f"the `scale` of {codec} underflows to zero: `x` reaches only {largest:.3g}. Store"
             " scales in float32 (add `-f32` to the codec) or scale the tensor up first"
@@ -61,7 +62,20 @@ def validate_params(params: Mapping[str, jax.Array], x: jax.Array, codec: str) -
 
 def is_concrete(x: jax.Array) -> bool:
     """Whether the values of `x` can be looked at now."""
-    return not isinstance(x, jax.core.Tracer) and not isinstance(x, jax.ShapeDtypeStruct)
+    return not isinstance(x, Tracer)
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()  # not max: XLA's on the CPU may lose a NaN
+
+
+@jax.jit
+def _ranges(x: jax.Array, arrays: dict[str, jax.Array]) -> tuple:
+    """The largest |x|; for each array whether all of it is finite, and whether any is not 0."""
+    finite = {k: jnp.isfinite(v).all() for k, v in arrays.items()}
+    nonzero = {k: jnp.any(v != 0) for k, v in arrays.items()}
+    return jnp.max(jnp.abs(x.astype(jnp.float32))), finite, nonzero
 
 
 def _not_finite(x: jax.Array, name: str) -> str:

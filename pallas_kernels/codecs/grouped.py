@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -100,15 +101,23 @@ class GroupCodec(Codec):
         return unpack_bits(parts["codes"], self.bits, length), params
 
     def encode(self, x: jax.Array, *, batch_dims: int = 0) -> Parts:
+        x = jnp.asarray(x)
         validate(x, batch_dims=batch_dims)
-        groups = self.split(x.astype(jnp.float32))
-        params = self.fit(groups, batch_dims=batch_dims)
+        parts, params = _encode(self, x, batch_dims)
         validate_params(params, x, self.name)
-        return self.assemble(self.join(self.codes(groups, params), x.shape[-1]), params)
+        return parts
 
     def decode(self, parts: Parts, length: int) -> jax.Array:
         codes, params = self.disassemble(parts, length)
         return self.join(self.values(self.split(codes), params), length)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _encode(codec: GroupCodec, x: jax.Array, batch_dims: int) -> tuple[Parts, Params]:
+    groups = codec.split(x.astype(jnp.float32))
+    params = codec.fit(groups, batch_dims=batch_dims)
+    codes = codec.join(codec.codes(groups, params), x.shape[-1])
+    return codec.assemble(codes, params), params
 
 
 def check_granularity(group: int | None, per_tensor: bool) -> None:

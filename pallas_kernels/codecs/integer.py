@@ -95,7 +95,7 @@ class Int(GroupCodec):
         return jnp.clip(jnp.round(level), 0, self.last).astype(jnp.uint8)
 
     def values(self, codes: jax.Array, params: Params) -> jax.Array:
-        zero = params.get("zero", jnp.float32(self.middle))
+        zero = params.get("zero", jnp.asarray(self.middle, jnp.float32))
         return (codes.astype(jnp.float32) - zero) * params["scale"]
 
     def store(self, params: Params) -> Parts:
