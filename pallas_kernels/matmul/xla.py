@@ -37,6 +37,9 @@ def matmul(
 
 
 def _tiled(dot: Any, x: jax.Array, w: Packed) -> jax.Array:
+    if x.ndim > 2 and x.shape[0] == 1:  # a batch axis of 1 would cost a copy of the codes
+        entry = jax.tree.map(lambda part: part[0], w.unstack(0)[0])
+        return _tiled(dot, x[0], entry)[None]
     tiles = tile_count(w)
     if tiles == 1:
         return dot(x, w)
