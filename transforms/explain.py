@@ -6,8 +6,6 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
-
 from stowax.memory_planner import format_bytes
 
 from .core import Use
@@ -43,7 +41,7 @@ class Row:
 
     @classmethod
     def of(cls, leaf: Leaf, codec: str, nbytes: int | None, reason: str, uses: list[Use]) -> Row:
-        shape, dtype = tuple(leaf.value.shape), jnp.dtype(leaf.value.dtype)
+        shape, dtype = tuple(leaf.value.shape), leaf.value.dtype
         before = math.prod(shape) * dtype.itemsize
         after = before if nbytes is None else nbytes
         return cls(leaf.name, shape, dtype.name, codec, before, after, reason, tuple(uses))

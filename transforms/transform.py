@@ -22,8 +22,8 @@ from stowax.pallas_kernels.codecs import Codec, Packed
 
 from . import storage
 from .calibrate import calibrate
-from .core import Interpreter, Recorder, Use, is_packed, named_leaves, replace_leaves, trace
-from .core.program import Program, select
+from .core import Interpreter, Recorder, Use, compat, is_packed, named_leaves, replace_leaves, trace
+from .core.program import Program, position, prefixes, select
 from .explain import EncodeReport, EncodeRow, Explanation, Row
 from .solvers import Solver, solve_storage
 from .storage import Storage
@@ -45,7 +45,7 @@ class Leaf:
 
     def storage(self) -> Storage | None:
         """How to store it as a weight; None if it is not one."""
-        if not jnp.issubdtype(self.value.dtype, jnp.floating):
+        if not _is_float(self.value):
             return None
         if self.uses is None:
             return storage.from_name(self.name, self.value.ndim)
@@ -145,21 +145,25 @@ class Transformed:
         Raises:
           ValueError: a rule that matches nothing, a weight with NaN or infinity, both by path.
         """
-        chosen = select(self.fn, args, kwargs, self.params)
-        given = [args[k] if isinstance(k, int) else kwargs[k] for k in chosen]
+        weights = self._weights(args, kwargs)
         calibration = self._calibration()
         if calibration is not None:
-            args = self._with_rest(args, chosen, calibration[0])
-        leaves = self._leaves(args, kwargs, given)
+            batches = [_with_rest(weights, kwargs, batch) for batch in calibration]
+            weights = self._weights(batches[0], kwargs)
+            leaves = _analyse(trace(self.fn, batches[0], kwargs, self.params))
+        elif _is_whole_call(self.fn, args, kwargs, len(weights)):
+            leaves = _analyse(trace(self.fn, args, kwargs, self.params))
+        else:
+            leaves = _by_name(weights)
         claims = self.transform.claim(leaves, self.strict)
         solved: dict[str, Any] = {}
         if calibration is not None:
-            batches = [self._with_rest(args, chosen, batch) for batch in calibration]
             solved = calibrate(self.fn, batches, kwargs, self.params, claims)
         rows: list[EncodeRow] = []
         encoded = _encode_leaves(leaves, claims, solved, rows)
         self.report = EncodeReport(rows)
-        trees = [replace_leaves(tree, encoded) for tree in given]
+        prefix = prefixes(weights)
+        trees = [replace_leaves(tree, encoded, prefix[key]) for key, tree in weights.items()]
         return trees[0] if len(trees) == 1 else tuple(trees)
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
@@ -180,7 +184,10 @@ class Transformed:
 
     def _check_encoded(self, program: Program) -> None:
         plain = [n for n, leaf in zip(program.names, program.leaves) if n and not is_packed(leaf)]
-        if len(plain) == sum(map(bool, program.names)) and plain and self.strict:
+        if not self.strict or not plain or len(plain) < sum(map(bool, program.names)):
+            return
+        claims = self.transform.claim(_analyse(program), False).values()
+        if any(claim.codec is not None for claim in claims):
             raise ValueError(
                 f"no leaf of `params` is encoded (first: {plain[0]!r}). Call "
                 "`encoded = fast.encode(params, ...)` once and pass `encoded`."
@@ -215,31 +222,41 @@ class Transformed:
             )
         return list(sets[0])
 
-    def _with_rest(self, args: tuple[Any, ...], chosen: list[Any], batch: Any) -> tuple[Any, ...]:
-        """A call's arguments: the weights from `args`, the others from a calibration batch."""
-        rest = iter(batch if isinstance(batch, tuple) else (batch,))
-        count = len(batch) if isinstance(batch, tuple) else 1
-        weights = {k: args[k] for k in chosen if isinstance(k, int)}
-        total = count + len(weights)
-        return tuple(weights[i] if i in weights else next(rest) for i in range(total))
-
-    def _leaves(self, args: Any, kwargs: Any, given: list[Any]) -> list[Leaf]:
-        if _is_whole_call(self.fn, args, kwargs):
-            return _analyse(trace(self.fn, args, kwargs, self.params))
-        return [
-            Leaf(name, v, None)
-            for tree in given
-            for name, v in named_leaves(tree)
-            if hasattr(v, "dtype")
-        ]
+    def _weights(self, args: Any, kwargs: Any) -> dict[int | str, Any]:
+        """The arguments that hold weights, by position or keyword; `args` may be those alone."""
+        if not kwargs and len(args) == len(self.params):
+            return dict(zip([position(self.fn, key) for key in self.params], args))
+        chosen = select(self.fn, args, kwargs, self.params)
+        return {key: args[key] if isinstance(key, int) else kwargs[key] for key in chosen}
 
 
-def _is_whole_call(fn: Any, args: Any, kwargs: Any) -> bool:
+def _with_rest(weights: Mapping[int | str, Any], kwargs: Any, batch: Any) -> tuple[Any, ...]:
+    """A call's positional arguments: the weights, and the others from a calibration batch."""
+    batch = batch if isinstance(batch, tuple) else (batch,)
+    placed = {key: v for key, v in weights.items() if key not in kwargs}
+    total = len(batch) + len(placed)
+    placed = {key % total: v for key, v in placed.items() if isinstance(key, int)}
+    rest = iter(batch)
+    return tuple(placed[i] if i in placed else next(rest) for i in range(total))
+
+
+def _by_name(weights: Mapping[int | str, Any]) -> list[Leaf]:
+    """The leaves with a role where no program was given."""
+    prefix = prefixes(weights)
+    found = [leaf for key, tree in weights.items() for leaf in named_leaves(tree, prefix[key])]
+    return [Leaf(name, value, None) for name, value in found if compat.is_array(value)]
+
+
+def _is_whole_call(fn: Any, args: Any, kwargs: Any, weights: int) -> bool:
+    """Whether there is more than the weights, or the weights are all that `fn` takes."""
+    if len(args) + len(kwargs) > weights:
+        return True
     try:
-        inspect.signature(fn).bind(*args, **kwargs)
-    except TypeError:
+        signature = inspect.signature(fn)
+        signature.bind(*args, **kwargs)
+    except (TypeError, ValueError):
         return False
-    return True
+    return all(p.kind != p.VAR_POSITIONAL for p in signature.parameters.values())
 
 
 def _solvers(transform: Any) -> Iterator[Solver]:
@@ -253,7 +270,8 @@ def _analyse(program: Program) -> list[Leaf]:
     recorder = Recorder()
     run = Interpreter(strict=False, recorder=recorder)
     values = [
-        _labelled(leaf, name) if name else leaf for leaf, name in zip(program.leaves, program.names)
+        _labelled(leaf, name) if name and _is_float(leaf) else leaf
+        for leaf, name in zip(program.leaves, program.names)
     ]
     jax.eval_shape(lambda vs: run.run_arrays(None, program.jaxpr, vs), values)
     uses: dict[str, list[Use]] = {}
@@ -264,6 +282,10 @@ def _analyse(program: Program) -> list[Leaf]:
         for name, leaf in zip(program.names, program.leaves)
         if name
     ]
+
+
+def _is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _labelled(leaf: Any, name: str) -> Any:
@@ -323,6 +345,8 @@ def _explain_row(leaf: Leaf, claim: Claim | None) -> Row:
         after = claim.codec.nbytes(view.storage_shape, batch_dims=len(claim.storage.batch))
         return Row.of(leaf, claim.codec.name, after, "not encoded yet", uses)
     kept = "kept by a rule" if claim is not None else f"no weight: used by {_ops(uses)}"
+    if not _is_float(leaf.value):
+        kept = f"no weight: its dtype is {leaf.value.dtype.name}"
     if claim is None and any(use.kind != "other" for use in uses):
         kept = "no rule takes it"
     return Row.of(leaf, "", None, kept, uses)

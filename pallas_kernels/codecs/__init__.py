@@ -1,5 +1,6 @@
 """Codecs: how a tensor is stored, byte by byte."""
 
+from . import artifact as artifact
 from .base import Codec as Codec
 from .base import Parts as Parts
 from .blocks import BlockCodec as BlockCodec

@@ -123,6 +123,7 @@ def _while(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
 @rule("cond")
 def _cond(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     index, *operands = values
+    index = run.array(index, eqn, "it is an index")
     branches = [
         lambda *ops, jaxpr=jaxpr: run.run_arrays(eqn, jaxpr, ops)
         for jaxpr in eqn.params["branches"]

@@ -126,7 +126,7 @@ def select(
     chosen: list[int | str] = []
     for key in params:
         if isinstance(key, str) and key not in kwargs:
-            key = _position(fn, key)
+            key = position(fn, key)
         if (isinstance(key, int) and not -len(args) <= key < len(args)) or (
             isinstance(key, str) and key not in kwargs
         ):
@@ -138,7 +138,8 @@ def select(
     return chosen
 
 
-def _position(fn: Any, name: str) -> int | str:
+def position(fn: Any, name: int | str) -> int | str:
+    """The position of the argument called `name`, where the signature of `fn` tells."""
     try:
         names = list(inspect.signature(fn).parameters)
     except (TypeError, ValueError):
