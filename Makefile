@@ -6,8 +6,8 @@ CONSTRAINTS := constraints/jax-0.11.2.txt
 JOBS        ?= 2
 PYTEST      := -m pytest -n $(JOBS) --dist worksteal
 
-# The leg on the newest jax: the parts that stand closest to it.
-NEWEST_TESTS ?= tests
+# The leg on the newest jax is smaller: what stands closest to it.
+NEWEST_TESTS ?= tests/transforms tests/memory_planner
 
 .DEFAULT_GOAL := help
 
@@ -26,7 +26,7 @@ test-all: $(VENV)/.ready ## the fast and the slow tests
 	$(VENV)/bin/python $(PYTEST)
 
 test-slow: $(VENV)/.ready ## only the slow tests
-	$(VENV)/bin/python $(PYTEST) -m slow
+	$(VENV)/bin/python $(PYTEST) -m slow || [ $$? -eq 5 ] # 5: none is marked slow
 
 test-newest: $(NEWEST)/.ready ## fast tests on the newest jax that pyproject.toml allows
 	$(NEWEST)/bin/python $(PYTEST) -m "not slow" $(NEWEST_TESTS)
