@@ -316,19 +316,20 @@ def _encode_leaves(
 
 
 def encode_leaf(name: str, value: jax.Array, claim: Claim) -> tuple[Packed, dict[str, Any]]:
-    """One leaf, packed by its claim's solver."""
+    """One leaf, packed by its claim's solver; a shape gives a `Packed` of shapes."""
     assert claim.codec is not None
     assert claim.storage is not None
     lead, inner = claim.storage.lead, claim.storage.inner
-    codecs.validate(value, name)
-    solved = solve_storage(
-        claim.solver,
-        codecs.fold(value, lead, inner),
-        claim.codec,
-        batch_dims=len(claim.storage.batch),
-    )
-    view = codecs.storage_view(value.shape, value.dtype.name, lead, inner)
-    return Packed(solved.parts, claim.codec, view, guessed=claim.storage.guessed), solved.info
+    batch_dims = len(claim.storage.batch)
+    view = codecs.storage_view(value.shape, jnp.dtype(value.dtype).name, lead, inner)
+    if isinstance(value, jax.ShapeDtypeStruct):
+        parts, info = claim.codec.part_shapes(view.storage_shape, batch_dims=batch_dims), {}
+    else:
+        codecs.validate(value, name)
+        folded = codecs.fold(value, lead, inner)
+        solved = solve_storage(claim.solver, folded, claim.codec, batch_dims=batch_dims)
+        parts, info = solved.parts, solved.info
+    return Packed(parts, claim.codec, view, guessed=claim.storage.guessed), info
 
 
 def _ops(uses: Sequence[Use]) -> str:
