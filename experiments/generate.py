@@ -1,0 +1,59 @@
+"""What a variant of a model says.
+
+python -m stowax.experiments.generate --variant=int4-g64-gptq --prompt="What is a cache?" --temperature=0.7
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from absl import app, flags
+
+from stowax.models import Sampling
+
+from . import measure, sweep, texts, variants
+from .results import write_json
+
+_DEFAULT = sweep.Config()
+
+MODEL = flags.DEFINE_string(
+    "model", _DEFAULT.model, "GGUF file, Hugging Face directory, or smollm2."
+)
+VARIANT = flags.DEFINE_string("variant", "int4-g64", "Codec, then solver; f16 for the baseline.")
+PROMPT = flags.DEFINE_string("prompt", measure.PROMPT, "What the user says.")
+WORDS = flags.DEFINE_integer("words", 64, "Tokens to generate.", lower_bound=2)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "0 takes the likeliest token.", lower_bound=0.0
+)
+TOP_K = flags.DEFINE_integer("top_k", 0, "Only the likeliest tokens; 0 for all.", lower_bound=0)
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Only tokens that together have this probability.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the random choices.")
+OUT = flags.DEFINE_string("out", "", "A JSON file for the result.")
+
+
+def main(_: list[str]) -> None:
+    variants.check([VARIANT.value])
+    model = sweep.load(MODEL.value)
+    calibration = texts.batches(
+        model.tokenizer, _DEFAULT.calibration, _DEFAULT.batches, _DEFAULT.length
+    )
+    variant = variants.build(model, VARIANT.value, calibration)
+    sampling = Sampling(temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value)
+    text, speed = measure.speak(
+        model, variant, WORDS.value, PROMPT.value, sampling=sampling, seed=SEED.value
+    )
+    print(text)
+    print(f"\n{variant.name}: {speed:.1f} tokens/s")
+    if OUT.value:
+        result = {
+            "variant": variant.name,
+            "prompt": PROMPT.value,
+            "text": text,
+            "tokens_per_s": speed,
+        }
+        write_json(Path(OUT.value), json.loads(json.dumps(result)))
+
+
+if __name__ == "__main__":
+    app.run(main)

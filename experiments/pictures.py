@@ -1,0 +1,92 @@
+"""The plots and the page that a person looks at."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Variant = Mapping[str, Any]
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: 1em 0 } caption { text-align: left; color: #555; padding: .3em 0 }
+td, th { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+td:first-child, th:first-child, td.text { text-align: left; white-space: normal } th { background: #f5f5f5 }
+tr.base td { background: #eef4fb } svg { max-width: 100%; height: auto }
+"""
+
+
+def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
+    """One self-contained HTML page; `sections` are titles and HTML."""
+    body = "".join(f"<h2>{html.escape(name)}</h2>\n{content}\n" for name, content in sections)
+    return (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>{body}</html>\n"
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], base: str = "") -> str:
+    """An HTML table; the row that begins with `base` is marked."""
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
+    lines = []
+    for row in rows:
+        cells = "".join(f"<td>{html.escape(str(c))}</td>" for c in row)
+        lines.append(f"<tr{' class=base' if row[0] == base else ''}>{cells}</tr>")
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def texts(variants: Sequence[Variant], prompt: str) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(v['name'])}</td><td class=text>{html.escape(v['text'])}</td></tr>"
+        for v in variants
+    )
+    return f"<table><caption>greedy answers to “{html.escape(prompt)}”</caption>{rows}</table>"
+
+
+def quality_over_bytes(variants: Sequence[Variant], baseline: str) -> str:
+    """Perplexity over true megabytes, as SVG."""
+    base = next(v for v in variants if v["name"] == baseline)["perplexity"]
+    figure, axes = plt.subplots(figsize=(9, 5))
+    axes.axhline(base, color="#888", lw=1, ls="--")
+    axes.annotate(baseline, (1, base), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    for i, v in enumerate(v for v in variants if v["name"] != baseline):
+        x, y = v["weight_bytes"] / 1e6, v["perplexity"]
+        axes.scatter(x, y, s=45, color=f"C{i % 10}", zorder=3)
+        axes.annotate(v["name"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
+    axes.tick_params(axis="y", which="minor", labelsize=8)
+    axes.set(xlabel="weights, MB (scales and embedding counted)", ylabel="perplexity (log scale)")
+    axes.margins(x=0.12, y=0.08)
+    axes.grid(alpha=0.3, which="both")
+    return _svg(figure)
+
+
+def bars(variants: Sequence[Variant], key: str, label: str, scale: float = 1.0) -> str:
+    """A horizontal bar for each variant, as SVG."""
+    names = [v["name"] for v in variants]
+    values = [v[key] * scale for v in variants]
+    figure, axes = plt.subplots(figsize=(9, 0.36 * len(names) + 1))
+    drawn = axes.barh(names, values, color="C0")
+    axes.bar_label(drawn, fmt="%.1f", padding=3, fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
+    return _svg(figure)
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight")
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
