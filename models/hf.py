@@ -13,7 +13,7 @@ from .llama import LlamaConfig, llama3_rope_factors
 from .safetensors_file import SafetensorsFile
 
 _TYPES = ("llama", "mistral", "qwen2")
-_INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 
 
 def read_config(path: Path, dtype: Any) -> LlamaConfig:
@@ -74,7 +74,7 @@ def open_weights(path: Path) -> Directory:
       ValueError: a corrupt file, or an index that disagrees with its shards.
       FileNotFoundError: neither is there, or a shard is missing.
     """
-    index = path / _INDEX
+    index = path / INDEX_FILE
     if not index.exists():
         file = SafetensorsFile(path / "model.safetensors")
         return Directory(str(file.path), dict.fromkeys(file.tensors, file))

@@ -16,9 +16,9 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w"]
 TEMPLATE = (
     "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 TINY = LlamaConfig(
     vocab_size=3 + 256 + len(MERGES),
@@ -29,7 +29,7 @@ TINY = LlamaConfig(
     head_dim=16,
     ffn_dim=96,
     rope_theta=500.0,
-    norm_eps=1e-5,
+    norm_eps=2.0**-16,
     context_length=64,
 )
 
