@@ -1,7 +1,8 @@
 """The GGUF types with blocks of 32: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0.
 
 Encoding gives the bytes of `gguf.quants.quantize`: codes are found with the scale before it is
-rounded to float16, and with a product by its reciprocal.
+rounded to float16, and with a product by its reciprocal. One byte may differ: a
+minimum of zero is stored without its sign, which in the package depends on the order of the data.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ def _signed_codes(x: jax.Array, middle: int) -> tuple[jax.Array, jax.Array]:
 def _offset_codes(x: jax.Array, last: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes from the minimum at 0 to the maximum at `last`, the scale and the minimum."""
     low = jnp.min(x, axis=-1, keepdims=True)
+    low = jnp.where(low == 0, 0.0, low)  # of 0.0 and -0.0 either may be the minimum
     d = _divide(jnp.max(x, axis=-1, keepdims=True) - low, last)
     return _truncate(x - low, reciprocal(d), 0.5, last), d, low
 

@@ -23,13 +23,13 @@ from .nvfp4 import Nvfp4
 
 # head: (class, its fixed fields, examples of the options that it takes)
 CODECS: dict[str, tuple[type[Codec], dict[str, object], tuple[str, ...]]] = {
-    **{
-        f"int{bits}": (Int, {"bits": bits}, ("", "-g64", "-g32-sym", "-g128-asym", "-tensor"))
-        for bits in range(1, 9)
-    },
-    "nf4": (NF4, {}, ("", "-g64", "-tensor", "-g64-f32")),
-    "fp8_e4m3": (Fp8, {"element": "e4m3"}, ("", "-g128", "-tensor", "-g64-bf16")),
-    "fp8_e5m2": (Fp8, {"element": "e5m2"}, ("", "-g128", "-tensor")),
+    **{f"int{bits}": (Int, {"bits": bits}, ("-g64",)) for bits in (2, 3, 5, 6, 7)},
+    "int1": (Int, {"bits": 1}, ("", "-g64", "-g32-asym")),
+    "int4": (Int, {"bits": 4}, ("", "-g32", "-g64", "-g128-sym", "-tensor", "-g64-bf16")),
+    "int8": (Int, {"bits": 8}, ("", "-g64", "-g128-asym", "-tensor", "-f32")),
+    "nf4": (NF4, {}, ("", "-g64", "-tensor-f32")),
+    "fp8_e4m3": (Fp8, {"element": "e4m3"}, ("", "-g128", "-tensor")),
+    "fp8_e5m2": (Fp8, {"element": "e5m2"}, ("", "-g32-f16")),
     "mxfp4": (Mx, {"element": "e2m1"}, ("",)),
     "mxfp8_e4m3": (Mx, {"element": "e4m3"}, ("",)),
     "mxfp8_e5m2": (Mx, {"element": "e5m2"}, ("",)),
