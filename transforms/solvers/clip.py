@@ -5,6 +5,10 @@ For each group the range is shrunk by every factor of a grid and the one with th
 worse than rounding by this measure. `p` above 2 protects the large weights (GPTQ's own search uses
 2.4).
 
+With `refit` the search goes on from there: the scale (and the zero point, where the codec has one)
+that fits the chosen codes best by weighted least squares, then the nearest codes again, as in
+Lloyd's method; each group keeps its best.
+
 References: the `mse` option of GPTQ, https://arxiv.org/abs/2210.17323; OMSE,
 https://arxiv.org/abs/1902.06822.
 """
@@ -30,6 +34,7 @@ class ClipSearch(Solver):
     steps: int = 40
     least: float = 0.4
     p: float = 2.4
+    refit: int = 0
 
     name: ClassVar[str] = "clip"
 
@@ -40,6 +45,8 @@ class ClipSearch(Solver):
             raise ValueError(f"`least` must lie in (0, 1]; got {self.least}.")
         if self.p <= 0:
             raise ValueError(f"`p` must be positive; got {self.p}.")
+        if self.refit < 0:
+            raise ValueError(f"`refit` must be 0 or more steps; got {self.refit}.")
 
     def solve(self, w: jax.Array, codec: Codec, *, hessian: jax.Array | None = None) -> Solved:
         codec = require_groups(self.name, codec)
@@ -48,7 +55,7 @@ class ClipSearch(Solver):
         return Solved(parts, errors(w, codec, parts, hessian) | {"shrink": float(shrink)})
 
 
-def clip_search(steps: int = 40, least: float = 0.4, p: float = 2.4) -> ClipSearch:
+def clip_search(steps: int = 40, least: float = 0.4, p: float = 2.4, refit: int = 0) -> ClipSearch:
     """Searches each group's range for the least error; needs no data.
 
     With a hessian the error of each weight counts by its input's mean square, `diag(H)`.
@@ -57,14 +64,15 @@ def clip_search(steps: int = 40, least: float = 0.4, p: float = 2.4) -> ClipSear
       steps: how many shrink factors are tried, evenly from `least` to 1.
       least: the smallest factor tried, in (0, 1].
       p: the power of the error.
+      refit: steps of least squares after the search.
     """
-    return ClipSearch(steps, least, p)
+    return ClipSearch(steps, least, p, refit)
 
 
 def fit_clipped(
     groups: jax.Array, weights: jax.Array, codec: GroupCodec, search: ClipSearch
 ) -> tuple[Params, jax.Array]:
-    """The parameters with the best range of each group, and the shrink factors that gave them.
+    """The best parameters of each group, and the shrink factors that they started from.
 
     Args:
       groups: `f32[rows, n_groups, group]` of `codec.split`.
@@ -81,6 +89,13 @@ def fit_clipped(
         better = loss < best[0]
         return (jnp.where(better, loss, best[0]), jnp.where(better, shrink, best[1])), None
 
+    def try_refit(state: tuple[Params, Params, jax.Array], _):
+        params, best, least = state
+        params = refit(groups, weights, codec, params)
+        loss = losses(params)
+        best = choose(loss < least, params, best)
+        return (params, best, jnp.minimum(loss, least)), None
+
     full = codec.fit(groups)
     start = losses(full)
     grid = jnp.linspace(1.0, search.least, search.steps, dtype=jnp.float32)[1:]
@@ -88,8 +103,52 @@ def fit_clipped(
     params = codec.fit(groups, shrink=shrink)
     # A parameter that several groups share may move when they all shrink at once: look again.
     worse = jnp.sum(losses(params)) > jnp.sum(start)
-    params = jax.tree.map(lambda old, new: jnp.where(worse, old, new), full, params)
-    return params, jnp.where(worse, 1.0, shrink)
+    params, shrink = choose(worse, full, params), jnp.where(worse, 1.0, shrink)
+    if search.refit:
+        state = (params, params, losses(params))
+        (_, params, _), _ = jax.lax.scan(try_refit, state, length=search.refit)
+    return params, shrink
+
+
+def refit(groups: jax.Array, weights: jax.Array, codec: GroupCodec, params: Params) -> Params:
+    """One step of least squares: the parameters that fit the nearest codes best.
+
+    Every grid is `scale * level` or `scale * (level - zero)`: a line through the levels, without or
+    with an intercept.
+    """
+    shifted = "zero" in params
+    unit = params | {"scale": jnp.ones_like(params["scale"])}
+    if shifted:
+        unit |= {"zero": jnp.zeros_like(params["zero"])}
+    level = codec.values(codec.codes(groups, params), unit)
+
+    def mean(x: jax.Array) -> jax.Array:
+        return _ratio(sum_like(x * weights, params), total)
+
+    total = sum_like(jnp.broadcast_to(weights, groups.shape), params)
+    mean_level, mean_weight = (mean(level), mean(groups)) if shifted else (0.0, 0.0)
+    centred = level - mean_level
+    slope = _ratio(mean(centred * (groups - mean_weight)), mean(jnp.square(centred)))
+    slope = jnp.where(slope * params["scale"] > 0, slope, params["scale"])
+    params = as_stored(params | {"scale": slope}, codec)
+    if shifted:
+        zero = mean_level - _ratio(mean_weight, params["scale"])
+        params = as_stored(params | {"zero": zero}, codec)
+    return params
+
+
+def as_stored(params: Params, codec: GroupCodec) -> Params:
+    """`params` rounded to the precision they are stored in."""
+    return codec.load(codec.store(params))
+
+
+def choose(condition: jax.Array, new: Params, old: Params) -> Params:
+    """`new` where `condition` holds (one bool for each group, or for all), `old` elsewhere."""
+    return {name: jnp.where(condition, new[name], old[name]) for name in old}
+
+
+def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.where(y == 0, 0.0, x / jnp.where(y == 0, 1.0, y))
 
 
 def sum_like(x: jax.Array, params: Params) -> jax.Array:

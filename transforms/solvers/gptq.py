@@ -34,7 +34,7 @@ from stowax.pallas_kernels.codecs import Codec, GroupCodec, Params, Parts
 from .base import Solved, Solver, check_inputs, encode, errors, require_groups
 from .clip import ClipSearch, fit_clipped, group_weights
 
-CLIP = ClipSearch()
+CLIP = ClipSearch(steps=20, p=2.0, refit=20)
 
 
 @dataclasses.dataclass(frozen=True)

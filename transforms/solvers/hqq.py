@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from stowax.pallas_kernels.codecs import Codec, GroupCodec, Params, Parts
 
 from .base import Solved, Solver, check_inputs, errors, require_groups
-from .clip import group_weights, sum_like
+from .clip import ClipSearch, as_stored, fit_clipped, group_weights, sum_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ class HQQ(Solver):
     p: float = 0.7
     beta: float = 10.0
     kappa: float = 1.01
+    clip: ClipSearch | None = None
 
     name: ClassVar[str] = "hqq"
 
@@ -57,7 +58,13 @@ class HQQ(Solver):
         return Solved(parts, errors(w, codec, parts, hessian))
 
 
-def hqq(iters: int = 20, p: float = 0.7, beta: float = 10.0, kappa: float = 1.01) -> HQQ:
+def hqq(
+    iters: int = 20,
+    p: float = 0.7,
+    beta: float = 10.0,
+    kappa: float = 1.01,
+    clip: ClipSearch | None = None,
+) -> HQQ:
     """Moves each group's zero point off the integers; asymmetric integer codecs only.
 
     Args:
@@ -65,8 +72,9 @@ def hqq(iters: int = 20, p: float = 0.7, beta: float = 10.0, kappa: float = 1.01
       p: the power of the error, below 1 for weights with heavy tails.
       beta: how closely the split-off error follows the real one, at the start.
       kappa: what multiplies `beta` in each step.
+      clip: how each group's range is searched first; None starts from the full range.
     """
-    return HQQ(iters, p, beta, kappa)
+    return HQQ(iters, p, beta, kappa, clip)
 
 
 def _params_of(codec: GroupCodec) -> Params:
@@ -98,7 +106,8 @@ def improve(
         shrunk = jnp.sign(error) * jnp.maximum(size - size ** (search.p - 1) / beta, 0)
         shrunk = jnp.where(size == 0, 0, shrunk)
         target = codes.astype(jnp.float32) - (groups - shrunk) / scale
-        zero = _as_stored(sum_like(target * mask, params) / count, params, codec)
+        zero = sum_like(target * mask, params) / count
+        zero = as_stored(params | {"zero": zero}, codec)["zero"]
         return (zero, beta * search.kappa, best_zero, best_loss), None
 
     zero = params["zero"]
@@ -108,14 +117,14 @@ def improve(
     return params | {"zero": best_zero}
 
 
-def _as_stored(zero: jax.Array, params: Params, codec: GroupCodec) -> jax.Array:
-    return codec.load(codec.store(params | {"zero": zero}))["zero"]
-
-
 @functools.partial(jax.jit, static_argnames=("codec", "search"))
 def _solve(w: jax.Array, *, codec: GroupCodec, search: HQQ) -> Parts:
     groups = codec.split(w)
     mask = group_weights(w.shape[-1], codec)
-    params = improve(groups, mask, codec, codec.fit(groups), search)
+    if search.clip is None:
+        params = codec.fit(groups)
+    else:
+        params, _ = fit_clipped(groups, mask, codec, search.clip)
+    params = improve(groups, mask, codec, params, search)
     codes = codec.join(codec.codes(groups, params), w.shape[-1])
     return codec.assemble(codes, params)
