@@ -97,9 +97,12 @@ def _report_unused(unused: list[str], leaves: Sequence[Leaf], strict: bool) -> N
     names = [leaf.name for leaf in leaves if leaf.storage() is not None]
     near = difflib.get_close_matches(unused[0], names, n=3, cutoff=0.2) or names[:3]
     message = (
-        f"`rules` has patterns that take no weight: {unused}. Weights here are, for example, {near} "
-        f"({len(names)} in all, of {len(leaves)} leaves)."
+        f"`rules` has patterns that take no weight: {unused}. Weights here are, for example, "
+        f"{near} ({len(names)} in all, of {len(leaves)} leaves)."
     )
+    found = [leaf for leaf in leaves if re.search(unused[0], leaf.name) and leaf.uses]
+    if found:
+        message += f" {unused[0]!r} is found in {found[0].name!r}, which is {found[0].reason()}."
     if strict:
         raise ValueError(message + " Mend the pattern, or pass `strict=False`.")
     warnings.warn(message, stacklevel=4)

@@ -51,6 +51,14 @@ class Leaf:
             return storage.from_name(self.name, self.value.ndim)
         return storage.from_uses(self.value.ndim, self.uses)
 
+    def reason(self) -> str:
+        """Why it is kept, where it is not a weight."""
+        if not _is_float(self.value):
+            return f"no weight: its dtype is {self.value.dtype.name}"
+        why = lambda use: f" ({use.reason})" if use.kind == "other" and use.reason else ""
+        words = [use.op + why(use) for use in self.uses or ()]
+        return f"no weight: used by {', '.join(dict.fromkeys(words)) or 'nothing'}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
@@ -128,7 +136,11 @@ class Transformed:
         self._check_encoded(program)
         if any(is_packed(leaf) and leaf.guessed for leaf in program.leaves):
             self._check_guesses(program)
-        out = Interpreter(strict=self.strict).run_arrays(None, program.jaxpr, program.leaves)
+        try:
+            out = Interpreter(strict=self.strict).run_arrays(None, program.jaxpr, program.leaves)
+        except NotImplementedError:
+            _analyse(program, strict=self.strict)  # says the same, with the names of the weights
+            raise
         return jax.tree_util.tree_unflatten(program.out_tree, out)
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
@@ -265,10 +277,10 @@ def _solvers(transform: Any) -> Iterator[Solver]:
             yield solver
 
 
-def _analyse(program: Program) -> list[Leaf]:
+def _analyse(program: Program, strict: bool = False) -> list[Leaf]:
     """The leaves with a role and their uses in the program."""
     recorder = Recorder()
-    run = Interpreter(strict=False, recorder=recorder)
+    run = Interpreter(strict=strict, recorder=recorder)
     values = [
         _labelled(leaf, name) if name and _is_float(leaf) else leaf
         for leaf, name in zip(program.leaves, program.names)
@@ -345,9 +357,8 @@ def _explain_row(leaf: Leaf, claim: Claim | None) -> Row:
         view = codecs.storage_view(shape, "float32", claim.storage.lead, claim.storage.inner)
         after = claim.codec.nbytes(view.storage_shape, batch_dims=len(claim.storage.batch))
         return Row.of(leaf, claim.codec.name, after, "not encoded yet", uses)
-    kept = "kept by a rule" if claim is not None else f"no weight: used by {_ops(uses)}"
-    if not _is_float(leaf.value):
-        kept = f"no weight: its dtype is {leaf.value.dtype.name}"
-    if claim is None and any(use.kind != "other" for use in uses):
-        kept = "no rule takes it"
+    if claim is not None:
+        kept = "kept by a rule"
+    else:
+        kept = "no rule takes it" if leaf.storage() is not None else leaf.reason()
     return Row.of(leaf, "", None, kept, uses)

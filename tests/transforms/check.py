@@ -12,6 +12,7 @@ import numpy as np
 from jax.extend.core import check_jaxpr
 
 import stowax as sx
+from stowax.transforms.core import compat, is_packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,27 +21,39 @@ class Case:
 
     Attributes:
       build: makes the function, its weights and its other arguments.
-      packed: the names of the leaves that must be packed; None for every float leaf with two axes or more.
+      packed: the leaves that must be packed, by name; None for all with two axes or more.
       how: what each use of them says, by its start.
+      rounding: the relative error that floats may make.
     """
 
     name: str
     build: Callable[[], tuple[Callable[..., Any], Any, tuple[Any, ...]]]
     packed: tuple[str, ...] | None = None
     how: tuple[str, ...] = ("xla", "gather packed rows")
+    rounding: float = 1e-6
 
 
 def by_name(case: Case) -> str:
     return case.name
 
 
-def randn(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+def randn(seed: int, *shape: int, dtype: Any = np.float32) -> jax.Array:
+    """Normal numbers, made by numpy: nothing to compile."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
 
 
 def weight(seed: int, *shape: int) -> jax.Array:
     """A random weight whose products keep the size of their inputs."""
-    return randn(seed, *shape) / np.sqrt(shape[-2])
+    return randn(seed, *shape) / np.sqrt(shape[-2]).astype(np.float32)
+
+
+def init(model: Any, *args: Any, seed: int = 0) -> Any:
+    """The variables of a Linen module, weights scaled as by `weight`, nothing compiled."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *args)
+    rng = np.random.default_rng(seed)
+    scale = lambda s: np.sqrt(np.prod(s.shape[-2:-1]))
+    draw = lambda s: jnp.asarray((rng.standard_normal(s.shape) / scale(s)).astype(s.dtype))
+    return jax.tree.map(draw, shapes)
 
 
 def relative_error(got: Any, want: Any) -> float:
@@ -54,17 +67,26 @@ def relative_error(got: Any, want: Any) -> float:
     return float(max(errors))
 
 
-def check_case(case: Case, spec: str, bound: float) -> tuple[Any, Any]:
-    """Rewrites `case` with every weight in `spec`; checks results, records and the program."""
+def check_case(case: Case, spec: str = "int8", bound: float = 0.02) -> tuple[Any, Any]:
+    """Rewrites `case` with every weight in `spec`; checks results, records and the program.
+
+    The result must be that of the function on decoded weights to float rounding, and that on the
+    original weights to `bound`.
+    """
     fn, params, args = case.build()
-    want = fn(params, *args)
     fast = sx.quantize(spec)(fn, params=0)
     encoded = fast.encode(params, *args)
     check_packed(fast.explain(encoded, *args), case, spec)
-    assert relative_error(fast(encoded, *args), want) <= bound
-    assert relative_error(jax.jit(fast)(encoded, *args), want) <= bound
+    got, original = jax.jit(fast)(encoded, *args), jax.jit(fn)
+    assert relative_error(got, original(decode(encoded), *args)) <= case.rounding
+    assert relative_error(got, original(params, *args)) <= max(bound, case.rounding)
     check_jaxpr(fast.jaxprs(encoded, *args)[1].jaxpr)
     return fast, encoded
+
+
+def decode(tree: Any) -> Any:
+    """A tree with each packed leaf decoded."""
+    return jax.tree.map(lambda v: v.decode() if is_packed(v) else v, tree, is_leaf=is_packed)
 
 
 def check_packed(explained: Any, case: Case, spec: str) -> None:
@@ -83,8 +105,6 @@ def check_packed(explained: Any, case: Case, spec: str) -> None:
 
 def primitives(jaxpr: Any) -> set[str]:
     """Names of all primitives in a jaxpr and in those inside it."""
-    from stowax.transforms.core import compat
-
     found = set()
     for eqn in compat.open_jaxpr(jaxpr)[0].eqns:
         found.add(eqn.primitive.name)

@@ -64,6 +64,11 @@ def inner_jaxprs(eqn: Eqn) -> list[Any]:
     return found
 
 
+def has_program(eqn: Eqn) -> bool:
+    """Whether `eqn` runs a program of its own, in sight or not (the flags ``jax_remat3`` and alike)."""
+    return eqn.primitive.name == "call_hi_primitive" or bool(inner_jaxprs(eqn))
+
+
 def read(env: dict[Any, Any], atoms: Iterable[Any]) -> list[Any]:
     """Values of variables and literals."""
     return [atom.val if isinstance(atom, jex.Literal) else env[atom] for atom in atoms]

@@ -183,7 +183,6 @@ def _shard_map(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[Any
         local.append(view)
 
     def body(*args: Any) -> tuple[Any, ...]:
-
         args = [
             a if view is None else dataclasses.replace(a, view=view) for a, view in zip(args, local)
         ]
@@ -195,7 +194,7 @@ def _shard_map(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[Any
         in_specs=tuple(specs),
         out_specs=tuple(p["out_specs"]),
         check_vma=p["check_vma"],
-        axis_names=set(p["manual_axes"]),
+        axis_names=set(p["newly_manual_axes"]),
     )
     return list(mapped(*values))
 

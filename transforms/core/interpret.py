@@ -106,7 +106,7 @@ class Interpreter:
         if handle is not None:
             with compat.scope(eqn):
                 return handle(self, eqn, values)
-        if compat.inner_jaxprs(eqn) and eqn.primitive.name not in _LEAVES and self.strict:
+        if self.strict and eqn.primitive.name not in _LEAVES and compat.has_program(eqn):
             raise NotImplementedError(
                 f"`{eqn.primitive.name}` has an inner program that stowax cannot rewrite, and the "
                 f"weight {describe(values)} goes into it. Keep that weight as it is with a rule "
