@@ -89,7 +89,7 @@ class Tokenizer:
         )
 
     def _name(self, token: int | None) -> str:
-        return "" if token is None else self.core.id_to_token(token)
+        return "" if token is None else self.core.id_to_token(token) or ""
 
 
 def from_gguf(file: GgufFile) -> Tokenizer:
@@ -130,7 +130,7 @@ def from_gguf(file: GgufFile) -> Tokenizer:
             raise fail(f"tokenizer.ggml.{name}_token_id is {value}, not a token")
         return None if value < 0 else value
 
-    ends = {token_id("eos"), token_id("eot")} - {None}
+    ends = {token for name in ("eos", "eot") if (token := token_id(name)) is not None}
     return Tokenizer(
         core,
         bos_id=token_id("bos"),

@@ -45,7 +45,10 @@ _LAYER_NAMES = {
 class Source(Protocol):
     """The tensors of a checkpoint."""
 
-    label: str
+    @property
+    def label(self) -> str:
+        """What error messages call it."""
+        ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> row-major shape of every tensor."""
@@ -210,7 +213,7 @@ class Blocks(Mapping[str, Block]):
     one `Block`: asking for it is a ``ValueError``; `types` tells which those are.
     """
 
-    def __init__(self, file: GgufFile | None, plan: dict[str, Leaf]):
+    def __init__(self, file: GgufFile, plan: dict[str, Leaf]):
         self._file, self._plan = file, plan
 
     def types(self, path: str) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ class NumpyLlama:
         n = x.shape[-1]
         angle = np.outer(np.arange(x.shape[1]), self.theta ** (-np.arange(0, n, 2) / n))
         turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angle)
-        return np.stack([turned.real, turned.imag], -1).reshape(x.shape)
+        return np.stack([turned.real, turned.imag], -1).reshape(x.shape).astype(np.float32)
 
     def attention(self, x, blk):
         def heads(name, n):
@@ -58,7 +58,7 @@ class NumpyLlama:
         return np.concatenate(out, -1) @ self.w[blk + "attn_output.weight"].T
 
     def forward(self, tokens):
-        x = self.w["token_embd.weight"][tokens].astype(np.float64)
+        x = self.w["token_embd.weight"][tokens]
         for i in range(self.layers):
             blk = f"blk.{i}."
             x = x + self.attention(self.norm(x, blk + "attn_norm.weight"), blk)
