@@ -35,9 +35,7 @@ def _dot_general(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[A
     if not contracts_encoded(w, contract[side]):
         reason = "the matmul does not contract the axes it is encoded along"
         run.note(w, eqn, "matmul", "decode", reason=reason, inner=inner, rows=rows)
-        operands = [x, x]
-        operands[side] = w.decode()
-        return compat.bind(eqn, operands)
+        return _on_decoded(eqn, [w, x] if side == 0 else [x, w])
     how = kernel_name(w.folded(batch[side])) if run.recorder else ""
     run.note(w, eqn, "matmul", how, inner=inner, rows=rows)
     aval = eqn.outvars[0].aval
@@ -63,6 +61,12 @@ def _packed_dot(side: int, numbers: Any, precision: Any, preferred: Any, shape: 
         return unfold_outputs(y, x, w, side, numbers, shape).astype(dtype)
 
     return jax.jit(packed_dot)
+
+
+def _on_decoded(eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    """`eqn` on the decoded weight, which is decoded again for the backward pass instead of kept."""
+    decode = lambda v: v.decode() if is_packed(v) else v
+    return jax.checkpoint(lambda *args: compat.bind(eqn, [decode(a) for a in args]))(*values)
 
 
 def contracts_encoded(w: Packed, dims: Iterable[int]) -> bool:
@@ -167,7 +171,7 @@ def _conv(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
     inner = _atoms(w, _others(w.ndim, (out_axis,)))
     run.note(w, eqn, "conv", "xla: decode + conv", inner=inner, rows=_atoms(w, (out_axis,)))
-    return compat.bind(eqn, [x, w.decode()])
+    return _on_decoded(eqn, [x, w])
 
 
 @rule("ragged_dot_general")
@@ -181,4 +185,4 @@ def _ragged_dot(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[An
     rows = _others(w.ndim, contract, numbers.rhs_group_dimensions)
     inner = _atoms(w, contract)
     run.note(w, eqn, "matmul", "xla: decode + ragged dot", inner=inner, rows=_atoms(w, rows))
-    return compat.bind(eqn, [x, w.decode(), *sizes])
+    return _on_decoded(eqn, [x, w, *sizes])
