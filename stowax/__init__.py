@@ -14,3 +14,4 @@ from stowax.transforms import hqq as hqq
 from stowax.transforms import import_blocks as import_blocks
 from stowax.transforms import quantize as quantize
 from stowax.transforms import rounding as rounding
+from stowax.transforms import show as show

@@ -8,6 +8,7 @@ from .explain import Explanation as Explanation
 from .imports import import_blocks as import_blocks
 from .quantize import Quantize as Quantize
 from .quantize import quantize as quantize
+from .show import show as show
 from .solvers import clip_search as clip_search
 from .solvers import gptq as gptq
 from .solvers import hqq as hqq
