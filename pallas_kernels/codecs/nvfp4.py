@@ -3,7 +3,7 @@
 ``x' = level * (scale * tensor_scale)``, ``tensor_scale = max |x| / (6 * 448)`` over the tensor
 (over each batch entry), ``scale`` the E4M3 number nearest to ``max |block| / 6 / tensor_scale``.
 
-Source: NVIDIA, Pretraining Large Language Models with NVFP4 (2025, arXiv:2509.25149), appendix C.
+Source: NVIDIA, Pretraining Large Language Models with NVFP4 (2025, arXiv:2509.25149).
 """
 
 from __future__ import annotations

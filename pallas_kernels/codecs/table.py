@@ -29,7 +29,7 @@ CODECS: dict[str, tuple[type[Codec], dict[str, object], tuple[str, ...]]] = {
     "int8": (Int, {"bits": 8}, ("", "-g64", "-g128-asym", "-tensor", "-f32")),
     "nf4": (NF4, {}, ("", "-g64", "-tensor-f32")),
     "fp8_e4m3": (Fp8, {"element": "e4m3"}, ("", "-g128", "-tensor")),
-    "fp8_e5m2": (Fp8, {"element": "e5m2"}, ("", "-g32-f16")),
+    "fp8_e5m2": (Fp8, {"element": "e5m2"}, ("", "-g32-bf16")),
     "mxfp4": (Mx, {"element": "e2m1"}, ("",)),
     "mxfp8_e4m3": (Mx, {"element": "e4m3"}, ("",)),
     "mxfp8_e5m2": (Mx, {"element": "e5m2"}, ("",)),
