@@ -31,7 +31,7 @@ def _dot_general(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[A
     x = run.array(x, eqn, "the other operand of the matmul is packed too")
     contract, batch = eqn.params["dimension_numbers"]
     inner = _atoms(w, contract[side])
-    rows = _atoms(w, _others(w.ndim, contract[side], batch[side]))
+    rows = _rows(w, _others(w.ndim, contract[side], batch[side]))
     if not contracts_encoded(w, contract[side]):
         reason = "the matmul does not contract the axes it is encoded along"
         run.note(w, eqn, "matmul", "decode", reason=reason, inner=inner, rows=rows)
@@ -78,6 +78,11 @@ def contracts_encoded(w: Packed, dims: Iterable[int]) -> bool:
 
 def _atoms(w: Packed, dims: Iterable[int]) -> list[int]:
     return [a for dim in dims for a in w.view.sized(dim)]
+
+
+def _rows(w: Packed, dims: Iterable[int]) -> list[int]:
+    """Like `_atoms`, with those of size 1: a matrix with one output is a matrix."""
+    return [a for dim in dims for a in w.view.dims[dim]]
 
 
 def fold_inputs(x: jax.Array, w: Packed, side: int, numbers: Any) -> jax.Array:
@@ -140,7 +145,7 @@ def _gather(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     except LayoutError as error:
         return run.decode(eqn, values, str(error))
     whole = _atoms(w, _others(w.ndim, (axis,)))
-    run.note(w, eqn, "gather", "gather packed rows", inner=whole, rows=_atoms(w, (axis,)))
+    run.note(w, eqn, "gather", "gather packed rows", inner=whole, rows=_rows(w, (axis,)))
     index = indices[..., 0]
     rows = w.rows(axis, index, 0)
     if axis not in dims.collapsed_slice_dims:
@@ -170,7 +175,7 @@ def _conv(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     x = run.array(x, eqn, "the image of the convolution is packed too")
     out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
     inner = _atoms(w, _others(w.ndim, (out_axis,)))
-    run.note(w, eqn, "conv", "xla: decode + conv", inner=inner, rows=_atoms(w, (out_axis,)))
+    run.note(w, eqn, "conv", "xla: decode + conv", inner=inner, rows=_rows(w, (out_axis,)))
     return _on_decoded(eqn, [x, w])
 
 
@@ -184,5 +189,5 @@ def _ragged_dot(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[An
     (_, contract), _ = numbers.dot_dimension_numbers
     rows = _others(w.ndim, contract, numbers.rhs_group_dimensions)
     inner = _atoms(w, contract)
-    run.note(w, eqn, "matmul", "xla: decode + ragged dot", inner=inner, rows=_atoms(w, rows))
+    run.note(w, eqn, "matmul", "xla: decode + ragged dot", inner=inner, rows=_rows(w, rows))
     return _on_decoded(eqn, [x, w, *sizes])

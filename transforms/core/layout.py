@@ -70,6 +70,12 @@ def _split(w: Packed, rest: list[Any], params: dict[str, Any]) -> list[Packed]:
     return out
 
 
+def _unstack(w: Packed, rest: list[Any], params: dict[str, Any]) -> list[Packed]:
+    axis = params["axis"]
+    one_each = _split(w, rest, {"axis": axis, "sizes": (1,) * w.shape[axis]})
+    return [entry.squeeze((axis,)) for entry in one_each]
+
+
 def _dynamic_slice(w: Packed, rest: list[Any], params: dict[str, Any]) -> Packed:
     return w.dynamic_slice(rest, params["slice_sizes"])
 
@@ -90,6 +96,7 @@ MOVES = {
     "convert_element_type": _cast,
     "slice": _slice,
     "split": _split,
+    "unstack": _unstack,
     "dynamic_slice": _dynamic_slice,
     "copy": _same,
     "copy_p": _same,
