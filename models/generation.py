@@ -63,7 +63,7 @@ def generate(
     step: Callable,
     params: Any,
     cache: Any,
-    prompt: Sequence[int] | np.ndarray | jax.Array,
+    prompt: Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array,
     *,
     max_tokens: int,
     sampling: Sampling | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from . import hf, tokenizer
 from .gguf_file import GgufFile
 from .llama import Llama, LlamaConfig, Params, functions, module_of
-from .weights import Block, Blocks, GgufSource, leaves, load_params
+from .weights import Blocks, GgufSource, leaves, load_params
 
 _ROTARY = {"llama": "gguf-interleaved", "qwen2": "gguf"}  # GGUF architecture: order of q and k rows
 
@@ -42,7 +42,7 @@ class Model:
     init_cache: Callable
     nll: Callable
     tokenizer: tokenizer.Tokenizer | None
-    blocks: Mapping[str, Block]
+    blocks: Blocks
 
     def module(self) -> Llama:
         """The same model as a Flax NNX module."""
@@ -115,7 +115,7 @@ def _load_directory(path: Path, dtype, scan: bool, with_tokenizer: bool) -> Mode
     plan = leaves(config, source, scan=scan, style="hf")
     params = load_params(source, plan, ignore=hf.harmless(source, config), dtype=dtype)
     text = tokenizer.from_directory(path) if with_tokenizer else None
-    return _model(path.resolve().name, config, scan, params, text, {})
+    return _model(path.resolve().name, config, scan, params, text, Blocks(None, {}))
 
 
 def _model(name, config, scan, params, text, blocks) -> Model:

@@ -213,12 +213,16 @@ class Blocks(Mapping[str, Block]):
     one `Block`: asking for it is a ``ValueError``; `types` tells which those are.
     """
 
-    def __init__(self, file: GgufFile, plan: dict[str, Leaf]):
+    def __init__(self, file: GgufFile | None, plan: dict[str, Leaf]):
+        if file is None and plan:
+            raise ValueError("`file` is needed: `plan` names tensors of it.")
         self._file, self._plan = file, plan
 
     def types(self, path: str) -> tuple[str, ...]:
         """The types that `path` is stored in: one for each layer of a stacked parameter."""
-        return tuple(self._file.tensors[name].type_name for name in self._plan[path].names)
+        names = self._plan[path].names
+        assert self._file is not None
+        return tuple(self._file.tensors[name].type_name for name in names)
 
     def __getitem__(self, path: str) -> Block:
         leaf, types = self._plan[path], sorted(set(self.types(path)))
@@ -227,6 +231,7 @@ class Blocks(Mapping[str, Block]):
                 f"`{path}` is stored in several types over the layers ({', '.join(types)}) and"
                 " can't be stacked as it is; load with scan=False for the blocks of each layer."
             )
+        assert self._file is not None
         rows = [leaf.reorder(np.asarray(self._file.raw(name))) for name in leaf.names]
         return Block(types[0], leaf.shape, np.stack(rows) if leaf.stacked else rows[0])
 
