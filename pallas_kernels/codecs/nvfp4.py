@@ -12,6 +12,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .base import Parts
 from .elements import ELEMENTS
@@ -69,6 +70,7 @@ class Nvfp4(ScaledCodec):
 
     def load(self, parts: Parts) -> Params:
         return {
-            "scale": _E4M3.from_bits(parts["scale"])[..., None],
+            # the barrier keeps XLA from decoding the scale again for every weight
+            "scale": lax.optimization_barrier(_E4M3.from_bits(parts["scale"]))[..., None],
             "tensor_scale": parts["tensor_scale"][..., None],
         }
