@@ -30,7 +30,7 @@ from .solvers.rounding import rounding
 from .solvers.storage import merge_infos
 
 Samples = list[Any]  # a value of each calibration batch
-Value = Samples | Packed
+Value = Any  # Samples, or the Packed of a claimed weight
 
 
 class _Done(Exception):

@@ -225,7 +225,9 @@ class Transformed:
 
     def _calibration(self) -> list[Any] | None:
         """The calibration batches of the transform's solvers; they must be one set."""
-        sets = [s.calibration for s in _solvers(self.transform) if "hessian" in s.needs]
+        sets: list[Any] = [
+            getattr(s, "calibration", ()) for s in _solvers(self.transform) if "hessian" in s.needs
+        ]
         if not sets:
             return None
         if any(other is not sets[0] for other in sets):
@@ -306,7 +308,7 @@ def _labelled(leaf: Any, name: str) -> Any:
         return dataclasses.replace(leaf, name=name)
     axes = tuple(range(len(leaf.shape)))
     view = codecs.storage_view(leaf.shape, jnp.dtype(leaf.dtype).name, axes, ())
-    whole = jax.ShapeDtypeStruct((*leaf.shape, 1), leaf.dtype)
+    whole: Any = jax.ShapeDtypeStruct((*leaf.shape, 1), leaf.dtype)
     return Packed({"values": whole}, codecs.get("f32"), view, name=name)
 
 
@@ -335,7 +337,8 @@ def encode_leaf(name: str, value: jax.Array, claim: Claim) -> tuple[Packed, dict
     batch_dims = len(claim.storage.batch)
     view = codecs.storage_view(value.shape, jnp.dtype(value.dtype).name, lead, inner)
     if isinstance(value, jax.ShapeDtypeStruct):
-        parts, info = claim.codec.part_shapes(view.storage_shape, batch_dims=batch_dims), {}
+        parts: Any = claim.codec.part_shapes(view.storage_shape, batch_dims=batch_dims)
+        info: dict[str, Any] = {}
     else:
         codecs.validate(value, name)
         folded = codecs.fold(value, lead, inner)

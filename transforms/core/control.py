@@ -183,10 +183,10 @@ def _shard_map(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[Any
         local.append(view)
 
     def body(*args: Any) -> tuple[Any, ...]:
-        args = [
+        values = [
             a if view is None else dataclasses.replace(a, view=view) for a, view in zip(args, local)
         ]
-        return tuple(run.run_arrays(eqn, p["jaxpr"], args))
+        return tuple(run.run_arrays(eqn, p["jaxpr"], values))
 
     mapped = jax.shard_map(
         body,

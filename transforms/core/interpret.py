@@ -69,7 +69,7 @@ class Recorder:
     def __init__(self) -> None:
         self.found: dict[tuple[int, str, str], Use] = {}
 
-    def add(self, eqn: compat.Eqn, use: Use) -> None:
+    def add(self, eqn: compat.Eqn | None, use: Use) -> None:
         self.found.setdefault((id(eqn), use.name, use.kind), use)
 
     @property
