@@ -35,9 +35,7 @@ OUT = flags.DEFINE_string("out", "", "A JSON file for the result.")
 def main(_: list[str]) -> None:
     variants.check([VARIANT.value])
     model = sweep.load(MODEL.value)
-    calibration = texts.batches(
-        model.tokenizer, _DEFAULT.calibration, _DEFAULT.batches, _DEFAULT.length
-    )
+    calibration = texts.batches(model, _DEFAULT.calibration, _DEFAULT.batches, _DEFAULT.length)
     variant = variants.build(model, VARIANT.value, calibration)
     sampling = Sampling(temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value)
     text, speed = measure.speak(

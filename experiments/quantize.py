@@ -31,7 +31,7 @@ SAVE = flags.DEFINE_string("save", "", "A new folder for the packed weights.")
 def main(_: list[str]) -> None:
     variants.check([VARIANT.value])
     model = sweep.load(MODEL.value)
-    calibration = texts.batches(model.tokenizer, _DEFAULT.calibration, BATCHES.value, LENGTH.value)
+    calibration = texts.batches(model, _DEFAULT.calibration, BATCHES.value, LENGTH.value)
     variant = variants.build(model, VARIANT.value, calibration)
     if variant.report is not None:
         print(variant.report)

@@ -56,7 +56,7 @@ def forward_of(config: models.LlamaConfig, form: str) -> Callable[..., jax.Array
 
 
 def _jit_layers(config: models.LlamaConfig) -> Callable[..., jax.Array]:
-    model = nnx.eval_shape(lambda: models.Llama(config, scan=False, rngs=nnx.Rngs(0)))
+    model: Any = nnx.eval_shape(lambda: models.Llama(config, scan=False, rngs=nnx.Rngs(0)))
     whole, block = nnx.split(model)[0], nnx.split(model.layers["0"])[0]
 
     @jax.jit
@@ -65,7 +65,7 @@ def _jit_layers(config: models.LlamaConfig) -> Callable[..., jax.Array]:
 
     def forward(params: Any, tokens: jax.Array) -> jax.Array:
         model = nnx.merge(whole, params)
-        x, rope = model.embed(tokens), rope_angles(config, 0, tokens.shape[1])
+        x, rope = model.embed(tokens), rope_angles(config, jnp.int32(0), tokens.shape[1])
         for i in range(config.layers):
             x = layer(params["layers"][str(i)], x, rope)
         return model.logits(model.final_norm(x))

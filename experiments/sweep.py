@@ -64,8 +64,8 @@ class Config:
 def run(config: Config, out: Path, *, resume: bool = False) -> Results:
     """Measures every variant; ``out/report.json`` grows as it goes."""
     model = load(config.model)
-    tokens = texts.tokens(model.tokenizer, config.text, config.tokens)
-    calibration = texts.batches(model.tokenizer, config.calibration, config.batches, config.length)
+    tokens = texts.tokens(model, config.text, config.tokens)
+    calibration = texts.batches(model, config.calibration, config.batches, config.length)
     names = [variants.BASELINE, *(n for n in config.names if n != variants.BASELINE)]
     settings = {
         **dataclasses.asdict(config),

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from stowax.models import Tokenizer
+from stowax.models import Model
 
 NAMES = ("technical", "novel", "calibration")
 
@@ -23,21 +23,22 @@ def read(name: str) -> str:
     return path.read_text()
 
 
-def tokens(tokenizer: Tokenizer, name: str, count: int | None = None) -> list[int]:
+def tokens(model: Model, name: str, count: int | None = None) -> list[int]:
     """The first `count` tokens of a text.
 
     Raises:
       ValueError: the text is shorter.
     """
-    ids = list(tokenizer.encode(read(name)))
+    assert model.tokenizer is not None
+    ids = model.tokenizer.encode(read(name))
     if count is not None and len(ids) < count:
         raise ValueError(f"`tokens` is {count}, but the text {name!r} has {len(ids)}")
     return ids[:count]
 
 
-def batches(tokenizer: Tokenizer, name: str, count: int, length: int) -> list[jax.Array]:
+def batches(model: Model, name: str, count: int, length: int) -> list[jax.Array]:
     """`count` windows ``int32[1, length]`` spread evenly over a text."""
-    ids = tokens(tokenizer, name)
+    ids = tokens(model, name)
     if len(ids) < length:
         raise ValueError(f"`length` is {length}, but the text {name!r} has {len(ids)} tokens")
     last = len(ids) - length

@@ -221,7 +221,7 @@ class _Calibrator:
         folded = [fold_inputs(x, w, side, numbers) for x in xs]  # [B, M, K] of each sample
         self.solve(w.folded(numbers[1][side]), folded, xs)
         matrix = self.now(w).folded(numbers[1][side]).decode()
-        aval = eqn.outvars[0].aval
+        aval: Any = eqn.outvars[0].aval
         outs = []
         for x, flat in zip(xs, folded):
             y = jnp.einsum("bmk,bnk->bmn", flat, matrix.astype(flat.dtype))

@@ -18,9 +18,12 @@ from .core import named_leaves, replace_leaves
 class Block(Protocol):
     """A tensor as a file stores it, ``uint8[*shape[:-1], bytes of a row]``, blocks along the last axis."""
 
-    type: str
-    shape: tuple[int, ...]
-    data: Any
+    @property
+    def type(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def data(self) -> Any: ...
 
 
 def import_blocks(params: Any, blocks: Mapping[str, Block], *, only: str = "") -> Any:
