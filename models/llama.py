@@ -234,7 +234,7 @@ class Llama(nnx.Module):
         self.embed = Embed(config.vocab_size, config.dim, dtype=config.dtype, rngs=rngs)
         if scan:
             stack = nnx.vmap(lambda rngs: Block(config, rngs=rngs))
-            self.layers = nnx.split_rngs(splits=config.layers)(stack)(rngs)
+            self.layers: Any = nnx.split_rngs(splits=config.layers)(stack)(rngs)
         else:
             blocks = {str(i): Block(config, rngs=rngs) for i in range(config.layers)}
             self.layers = nnx.Dict(blocks)
@@ -263,8 +263,9 @@ class Llama(nnx.Module):
                 f"`tokens` has {tokens.shape[1]} positions but `cache` holds {length}; make a"
                 " longer cache with init_cache(batch, length)."
             )
-        x, cache = self.hidden(tokens, cache)
-        return self.logits(x), cache
+        x, after = self.hidden(tokens, cache)
+        assert after is not None
+        return self.logits(x), after
 
     def hidden(self, tokens: jax.Array, cache: Cache | None = None):
         """What the output projection reads, ``[B, T, D]``, and the new cache (None without one)."""
