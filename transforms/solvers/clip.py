@@ -1,13 +1,14 @@
 """Clip search: give up a little of each group's range for a finer grid.
 
-For each group the range is shrunk by every factor of a grid and the one with the least
+For each group the range is multiplied by every factor of a grid, and the one with the least
 `sum(weight * |w - w'|**p)` is kept. The full range is always among them, so that no group ends
-worse than rounding by this measure. `p` above 2 protects the large weights (GPTQ's own search uses
-2.4).
+worse than rounding by this measure. Factors above 1 are for floats in blocks, whose largest level
+lies below the top of the block's range (MX), or whose levels fit better when the top is left out
+(NVFP4).
 
-With `refit` the search goes on from there: the scale (and the zero point, where the codec has one)
-that fits the chosen codes best by weighted least squares, then the nearest codes again, as in
-Lloyd's method; each group keeps its best.
+Then `refit` steps of Lloyd's method: the scale (and the zero point, where the codec has one) that
+fits the chosen codes best by weighted least squares, and the nearest codes again; each group keeps
+its best.
 
 References: the `mse` option of GPTQ, https://arxiv.org/abs/2210.17323; OMSE,
 https://arxiv.org/abs/1902.06822.
@@ -33,16 +34,19 @@ class ClipSearch(Solver):
 
     steps: int = 40
     least: float = 0.4
-    p: float = 2.4
-    refit: int = 0
+    most: float = 1.6
+    p: float = 4.0
+    refit: int = 5
 
     name: ClassVar[str] = "clip"
 
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"`steps` must be 1 or more; got {self.steps}.")
-        if not 0 < self.least <= 1:
-            raise ValueError(f"`least` must lie in (0, 1]; got {self.least}.")
+        if not 0 < self.least <= 1 <= self.most:
+            raise ValueError(
+                f"`least` must lie in (0, 1] and `most` be 1 or more; got {self.least}, {self.most}."
+            )
         if self.p <= 0:
             raise ValueError(f"`p` must be positive; got {self.p}.")
         if self.refit < 0:
@@ -55,18 +59,21 @@ class ClipSearch(Solver):
         return Solved(parts, errors(w, codec, parts, hessian) | {"shrink": float(shrink)})
 
 
-def clip_search(steps: int = 40, least: float = 0.4, p: float = 2.4, refit: int = 0) -> ClipSearch:
+def clip_search(
+    steps: int = 40, least: float = 0.4, most: float = 1.6, p: float = 4.0, refit: int = 5
+) -> ClipSearch:
     """Searches each group's range for the least error; needs no data.
 
     With a hessian the error of each weight counts by its input's mean square, `diag(H)`.
 
     Args:
-      steps: how many shrink factors are tried, evenly from `least` to 1.
-      least: the smallest factor tried, in (0, 1].
+      steps: how many factors of the range are tried, evenly from `least` to `most`.
+      least: the smallest factor, in (0, 1].
+      most: the largest factor, 1 or more.
       p: the power of the error.
       refit: steps of least squares after the search.
     """
-    return ClipSearch(steps, least, p, refit)
+    return ClipSearch(steps, least, most, p, refit)
 
 
 def fit_clipped(
@@ -80,7 +87,8 @@ def fit_clipped(
     """
 
     def losses(params: Params) -> jax.Array:
-        error = jnp.abs(groups - codec.values(codec.codes(groups, params), params))
+        error = groups - codec.values(codec.codes(groups, params), params)
+        error = jnp.abs(error) / size  # so that high powers of small errors do not vanish
         each = jnp.square(error) if search.p == 2 else error**search.p
         return sum_like(each * weights, params)
 
@@ -97,8 +105,10 @@ def fit_clipped(
         return (params, best, jnp.minimum(loss, least)), None
 
     full = codec.fit(groups)
+    size = _max_like(jnp.abs(groups), full)
+    size = jnp.where(size == 0, 1.0, size)
     start = losses(full)
-    grid = jnp.linspace(1.0, search.least, search.steps, dtype=jnp.float32)[1:]
+    grid = jnp.linspace(search.least, search.most, search.steps, dtype=jnp.float32)
     (_, shrink), _ = jax.lax.scan(try_shrink, (start, jnp.ones_like(start)), grid)
     params = codec.fit(groups, shrink=shrink)
     # A parameter that several groups share may move when they all shrink at once: look again.
@@ -143,8 +153,15 @@ def as_stored(params: Params, codec: GroupCodec) -> Params:
 
 
 def choose(condition: jax.Array, new: Params, old: Params) -> Params:
-    """`new` where `condition` holds (one bool for each group, or for all), `old` elsewhere."""
-    return {name: jnp.where(condition, new[name], old[name]) for name in old}
+    """`new` where `condition` holds (one bool for all, or for each group), `old` elsewhere.
+
+    With a bool for each group, a parameter that groups share stays old.
+    """
+    chosen = {}
+    for name, value in old.items():
+        whole = jnp.broadcast_shapes(condition.shape, value.shape) != value.shape
+        chosen[name] = value if whole else jnp.where(condition, new[name], value)
+    return chosen
 
 
 def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -153,9 +170,16 @@ def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def sum_like(x: jax.Array, params: Params) -> jax.Array:
     """Sums `x` over the axes that all `params` share, keeping them with size 1."""
+    return jnp.sum(x, axis=_shared_axes(params), keepdims=True)
+
+
+def _max_like(x: jax.Array, params: Params) -> jax.Array:
+    return jnp.max(x, axis=_shared_axes(params), keepdims=True)
+
+
+def _shared_axes(params: Params) -> tuple[int, ...]:
     shape = jnp.broadcast_shapes(*(value.shape for value in params.values()))
-    axes = tuple(axis for axis, size in enumerate(shape) if size == 1)
-    return jnp.sum(x, axis=axes, keepdims=True)
+    return tuple(axis for axis, size in enumerate(shape) if size == 1)
 
 
 def group_weights(length: int, codec: GroupCodec, diagonal: jax.Array | None = None) -> jax.Array:

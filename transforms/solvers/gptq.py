@@ -34,7 +34,7 @@ from stowax.pallas_kernels.codecs import Codec, GroupCodec, Params, Parts
 from .base import Solved, Solver, check_inputs, encode, errors, require_groups
 from .clip import ClipSearch, fit_clipped, group_weights
 
-CLIP = ClipSearch(steps=20, p=2.0, refit=20)
+CLIP = ClipSearch(steps=30, p=2.4, refit=20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class GPTQ(Solver):
         default=(), compare=False, repr=False
     )
     act_order: bool = True
-    damping: float = 0.01
+    damping: float = 0.05
     block: int = 128
     clip: ClipSearch | None = CLIP
 
@@ -100,7 +100,7 @@ def gptq(
     calibration: Sequence[tuple[Any, ...]] = (),
     *,
     act_order: bool = True,
-    damping: float = 0.01,
+    damping: float = 0.05,
     block: int = 128,
     clip: ClipSearch | None = CLIP,
 ) -> GPTQ:

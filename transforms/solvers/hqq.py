@@ -25,6 +25,8 @@ from stowax.pallas_kernels.codecs import Codec, GroupCodec, Params, Parts
 from .base import Solved, Solver, check_inputs, errors, require_groups
 from .clip import ClipSearch, as_stored, fit_clipped, group_weights, sum_like
 
+CLIP = ClipSearch(p=8.0, refit=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class HQQ(Solver):
@@ -34,7 +36,7 @@ class HQQ(Solver):
     p: float = 0.7
     beta: float = 10.0
     kappa: float = 1.01
-    clip: ClipSearch | None = None
+    clip: ClipSearch | None = CLIP
 
     name: ClassVar[str] = "hqq"
 
@@ -63,7 +65,7 @@ def hqq(
     p: float = 0.7,
     beta: float = 10.0,
     kappa: float = 1.01,
-    clip: ClipSearch | None = None,
+    clip: ClipSearch | None = CLIP,
 ) -> HQQ:
     """Moves each group's zero point off the integers; asymmetric integer codecs only.
 
