@@ -16,11 +16,14 @@ unpack = jax.jit(unpack_bits, static_argnums=(1, 2))
 
 
 def reference_pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Each plane as a string of bits, low bits first, padded to a whole byte."""
+    """Each plane as a string of bits: byte `j` holds codes `j`, `n + j`, ..., low bits first."""
     planes, shift = [], bits
     for width in PLANES[bits]:
         shift -= width
         plane = (codes >> shift) & (2**width - 1)
+        count = 8 // width
+        plane = np.pad(plane, [(0, 0)] * (plane.ndim - 1) + [(0, -plane.shape[-1] % count)])
+        plane = plane.reshape(*plane.shape[:-1], count, -1).swapaxes(-1, -2)
         string = (plane[..., None] >> np.arange(width)) & 1
         string = string.reshape(*codes.shape[:-1], -1)
         planes.append(np.packbits(string.astype(np.uint8), axis=-1, bitorder="little"))
