@@ -9,6 +9,7 @@ from stowax.pallas_kernels.codecs import Packed as Packed
 from stowax.transforms import Transformed as Transformed
 from stowax.transforms import chain as chain
 from stowax.transforms import clip_search as clip_search
+from stowax.transforms import flax as flax
 from stowax.transforms import gptq as gptq
 from stowax.transforms import hqq as hqq
 from stowax.transforms import import_blocks as import_blocks

@@ -1,5 +1,6 @@
 """Function transforms: low-bit weights in any JAX program."""
 
+from . import flax as flax
 from . import solvers as solvers
 from .chain import Chain as Chain
 from .chain import chain as chain

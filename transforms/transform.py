@@ -23,7 +23,7 @@ from stowax.pallas_kernels.codecs import Codec, Packed
 from . import storage
 from .calibrate import calibrate
 from .core import Interpreter, Recorder, Use, compat, is_packed, named_leaves, replace_leaves, trace
-from .core.program import Program, position, prefixes, select
+from .core.program import Program, of_arrays, position, prefixes, select
 from .explain import EncodeReport, EncodeRow, Explanation, Row
 from .solvers import Solver, solve_storage
 from .storage import Storage
@@ -192,7 +192,8 @@ class Transformed:
     def jaxprs(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """The jaxpr of the original function and of the rewritten one, for the same call."""
         program = trace(self.fn, args, kwargs, self.params)
-        return program.jaxpr, jax.make_jaxpr(self)(*args, **kwargs)
+        flat, leaves = of_arrays(self, args, kwargs)
+        return program.jaxpr, jax.make_jaxpr(flat)(*leaves.values())
 
     def _check_encoded(self, program: Program) -> None:
         plain = [n for n, leaf in zip(program.names, program.leaves) if n and not is_packed(leaf)]

@@ -80,24 +80,27 @@ def trace(
     params: tuple[int | str, ...],
 ) -> Program:
     """Traces `fn` as it is, every `Packed` leaf replaced by the tensor that it stands for."""
-    found, tree = jax.tree_util.tree_flatten((args, kwargs), is_leaf=is_packed)
-    traced = [i for i, leaf in enumerate(found) if is_packed(leaf) or compat.is_array(leaf)]
-    holder: list[Any] = []
-
-    def flat(*values: Any) -> list[Any]:
-        leaves = list(found)
-        for i, value in zip(traced, values):
-            leaves[i] = value
-        call_args, call_kwargs = jax.tree_util.tree_unflatten(tree, leaves)
-        out, out_tree = jax.tree_util.tree_flatten(fn(*call_args, **call_kwargs))
-        holder.append(out_tree)
-        return out
-
-    leaves = tuple(found[i] for i in traced)
-    jaxpr = jax.make_jaxpr(flat)(*map(_logical, leaves))
+    flat, leaves = of_arrays(fn, args, kwargs, is_leaf=is_packed)
+    jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*map(_logical, leaves.values()))
     names = _role_names(fn, args, kwargs, params)
-    assert len(names) == len(found)
-    return Program(jaxpr, leaves, tuple(names[i] for i in traced), holder[0])
+    out_tree = jax.tree.structure(shapes)
+    return Program(jaxpr, tuple(leaves.values()), tuple(names[i] for i in leaves), out_tree)
+
+
+def of_arrays(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], is_leaf: Any = None
+) -> tuple[Callable[..., Any], dict[int, Any]]:
+    """`fn` as a function of the array leaves of a call, and those, by their place among all leaves."""
+    found, tree = jax.tree_util.tree_flatten((args, kwargs), is_leaf=is_leaf)
+    arrays = {i: v for i, v in enumerate(found) if is_packed(v) or compat.is_array(v)}
+
+    def flat(*values: Any) -> Any:
+        given = dict(zip(arrays, values, strict=True))
+        leaves = [given.get(i, leaf) for i, leaf in enumerate(found)]
+        call_args, call_kwargs = jax.tree_util.tree_unflatten(tree, leaves)
+        return fn(*call_args, **call_kwargs)
+
+    return flat, arrays
 
 
 def _logical(leaf: Any) -> Any:
