@@ -32,6 +32,8 @@ from .solvers.storage import merge_infos
 Samples = list[Any]  # a value of each calibration batch
 Value = Any  # Samples, or the Packed of a claimed weight
 
+UNREACHED = "no calibration token reached it"
+
 
 class _Done(Exception):
     """Every claimed weight is solved."""
@@ -49,6 +51,7 @@ class _Site:
         self.batch = tuple(value.shape[a] for a in where.batch)
         self.rows = self.values.shape[len(self.batch) : -1]
         self.solved: dict[int, Any] = {}
+        self.passed: str = ""  # a use of it whose inputs are not collected
 
     @property
     def entries(self) -> int:
@@ -84,7 +87,7 @@ class _Site:
 
     def result(self) -> tuple[Packed, dict[str, Any]]:
         for i in set(range(self.entries)) - set(self.solved):
-            self.solve(i, None, 0, "no calibration token reached it")
+            self.solve(i, None, 0, self.passed or UNREACHED)
         entries = [self.solved[i] for i in range(self.entries)]
         shapes = self.claim.codec.part_shapes(self.values.shape, batch_dims=len(self.batch))
         parts = {
@@ -114,10 +117,6 @@ def calibrate(
     Returns:
       The packed leaf and the solver's report, by name.
     """
-    if not batches:
-        raise ValueError(
-            "`calibration` is empty; give at least one batch of the function's arguments"
-        )
     program = trace(fn, batches[0], kwargs, params)
     arrays = [_arrays(program, batch, kwargs) for batch in batches]
     wanted = {n for n, c in claims.items() if c.codec is not None and "hessian" in c.solver.needs}
@@ -184,10 +183,16 @@ class _Calibrator:
             return [self.matmul(eqn, values)]
         if name in layout.MOVES:
             return self.move(eqn, values)
+        if name == "ragged_dot_general":
+            self.ragged(eqn, values)
+        elif name == "conv_general_dilated":
+            self.convolution(eqn, values)
         return self.each(eqn, values)
 
     def each(self, eqn: compat.Eqn, values: list[Value]) -> list[Value]:
         """Binds `eqn` on each sample, claimed weights as they are by now."""
+        for v in filter(is_packed, values):
+            self.sites[v.name].passed = f"the inputs of `{eqn.primitive.name}` are not collected"
         values = [[v.decode()] * self.count if is_packed(v) else v for v in map(self.now, values)]
         outs = [compat.bind(eqn, [v[s] for v in values]) for s in range(self.count)]
         return [list(out) for out in zip(*outs)]
@@ -228,21 +233,67 @@ class _Calibrator:
             outs.append(unfold_outputs(y, x, w, side, numbers, aval.shape).astype(aval.dtype))
         return outs
 
+    def ragged(self, eqn: compat.Eqn, values: list[Value]) -> None:
+        """Solves each expert of a grouped matmul on the rows that are routed to it."""
+        xs, w, sizes = values
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        plain = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
+        if not is_packed(w) or numbers != plain or not contracts_encoded(w, (1,)):
+            return
+        total = counts = 0
+        for x, size in zip(xs, sizes):
+            total = total + _moments_by_group(x, size)
+            counts = counts + size
+        means = total / jnp.maximum(counts, 1)[:, None, None]
+        self.solve_entries(w.folded((0,)), means, np.asarray(counts).tolist())
+
+    def convolution(self, eqn: compat.Eqn, values: list[Value]) -> None:
+        """A convolution is a matmul of the patches of its image."""
+        xs, w = values
+        p, spec = eqn.params, eqn.params["dimension_numbers"]
+        out, *contract = spec.rhs_spec
+        grouped = p["feature_group_count"] != 1 or p["batch_group_count"] != 1
+        if not is_packed(w) or is_packed(xs) or grouped or not contracts_encoded(w, contract):
+            return
+        patches = [
+            jax.lax.conv_general_dilated_patches(
+                x,
+                [w.shape[i] for i in spec.rhs_spec[2:]],
+                p["window_strides"],
+                p["padding"],
+                p["lhs_dilation"],
+                p["rhs_dilation"],
+                dimension_numbers=spec,
+                precision=jax.lax.Precision.HIGHEST,
+            )
+            for x in xs
+        ]
+        numbers = (((spec.out_spec[1],), tuple(contract)), ((), ()))
+        self.solve(w.folded(()), [fold_inputs(x, w, 1, numbers) for x in patches], patches)
+
     def solve(self, w: Packed, folded: Samples, xs: Samples) -> None:
         """Solves the entries that the rows of `w` ``[B, N, K]`` belong to."""
+        if any(self.unsolved(w)):
+            hessians, tokens = self.second_moments(folded, xs)
+            self.solve_entries(w, hessians, [tokens] * w.shape[0])
+
+    def unsolved(self, w: Packed) -> list[list[int]]:
+        """The unsolved entries that have rows in each batch entry of `w` ``[B, N, K]``."""
         site = self.sites[w.name]
-        per_entry = math.prod(site.rows)
-        first = np.broadcast_to(np.asarray(w.parts["row"])[:, :, 0], w.shape[:2])
-        todo = {}
-        for b in range(w.shape[0]):
-            for entry in set((first[b] // per_entry).tolist()) - set(site.solved) - set(todo):
-                todo[entry] = b
-        if not todo:
-            return
-        hessians, tokens = self.second_moments(folded, xs)
-        for entry, b in todo.items():
-            site.solve(entry, hessians[b], tokens)
-            self.bar.update()
+        rows = np.broadcast_to(np.asarray(w.parts["row"])[:, :, 0], w.shape[:2])
+        found = [set((r // math.prod(site.rows)).tolist()) for r in rows]
+        return [sorted(entries - set(site.solved)) for entries in found]
+
+    def solve_entries(self, w: Packed, hessians: jax.Array, tokens: Sequence[int]) -> None:
+        """Solves `w` ``[B, N, K]``, given ``f32[B, K, K]`` and the tokens of each batch entry."""
+        site = self.sites[w.name]
+        for b, entries in enumerate(self.unsolved(w)):
+            for entry in set(entries) - set(site.solved):
+                if tokens[b]:
+                    site.solve(entry, hessians[b], tokens[b])
+                else:
+                    site.solve(entry, None, 0, UNREACHED)
+                self.bar.update()
         if all(len(s.solved) == s.entries for s in self.sites.values()):
             raise _Done
 
@@ -345,6 +396,15 @@ assert all(name in RULES for name in _CONTROL if name not in ("pjit", "remat", "
 def _moment(x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     return jnp.einsum("bmi,bmj->bij", x, x)
+
+
+@jax.jit
+def _moments_by_group(x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """``f32[G, K, K]``: sums of the second moments of consecutive groups of the rows of `x`."""
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(x)), side="right")
+    x = x.astype(jnp.float32)
+    one = lambda g: jnp.einsum("mi,mj->ij", x * (group == g)[:, None], x)
+    return jax.lax.map(one, jnp.arange(len(sizes)))
 
 
 def _literal(atom: Any) -> bool:

@@ -235,7 +235,12 @@ class Transformed:
             raise ValueError(
                 "the transforms in this chain have different calibration sets; use one"
             )
-        return list(sets[0])
+        batches = list(sets[0])
+        if not batches:
+            raise ValueError(
+                "`calibration` is empty; give at least one batch of the function's arguments"
+            )
+        return batches
 
     def _weights(self, args: Any, kwargs: Any) -> dict[int | str, Any]:
         """The arguments that hold weights, by position or keyword; `args` may be those alone."""

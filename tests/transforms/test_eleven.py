@@ -14,7 +14,7 @@ from tests.transforms.check import Case, by_name, check_case, init, randn, relat
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _):
-        h = nn.Dense(64)(nn.LayerNorm()(x))
+        h = nn.Dense(32)(nn.LayerNorm()(x))
         return x + nn.Dense(32)(nn.gelu(h)), None
 
 
