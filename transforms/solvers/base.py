@@ -113,8 +113,11 @@ def _errors(
     error = w - codec.decode(parts, w.shape[-1])
     found = {"weight_error": jnp.linalg.norm(error) / jnp.maximum(jnp.linalg.norm(w), tiny)}
     if hessian is not None:
-        energy = jnp.maximum(jnp.vdot(w @ hessian, w), tiny)
-        found["output_error"] = jnp.vdot(error @ hessian, error) / energy
+
+        def energy(x: jax.Array) -> jax.Array:
+            return jnp.vdot(jnp.matmul(x, hessian, precision=jax.lax.Precision.HIGHEST), x)
+
+        found["output_error"] = energy(error) / jnp.maximum(energy(w), tiny)
     return found
 
 

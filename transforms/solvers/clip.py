@@ -55,8 +55,8 @@ class ClipSearch(Solver):
     def solve(self, w: jax.Array, codec: Codec, *, hessian: jax.Array | None = None) -> Solved:
         codec = require_groups(self.name, codec)
         w, hessian = check_inputs(w, hessian)
-        parts, shrink = _solve(w, hessian, codec=codec, search=self)
-        return Solved(parts, errors(w, codec, parts, hessian) | {"shrink": float(shrink)})
+        parts = _solve(w, hessian, codec=codec, search=self)
+        return Solved(parts, errors(w, codec, parts, hessian))
 
 
 def clip_search(
@@ -78,50 +78,47 @@ def clip_search(
 
 def fit_clipped(
     groups: jax.Array, weights: jax.Array, codec: GroupCodec, search: ClipSearch
-) -> tuple[Params, jax.Array]:
-    """The best parameters of each group, and the shrink factors that they started from.
+) -> Params:
+    """The best parameters of each group.
 
     Args:
       groups: `f32[rows, n_groups, group]` of `codec.split`.
       weights: broadcast against `groups`; 0 where the last group is padded.
     """
-
-    def losses(params: Params) -> jax.Array:
-        error = groups - codec.values(codec.codes(groups, params), params)
-        error = jnp.abs(error) / size  # so that high powers of small errors do not vanish
-        each = jnp.square(error) if search.p == 2 else error**search.p
-        return sum_like(each * weights, params)
-
-    def try_shrink(best: tuple[jax.Array, jax.Array], shrink: jax.Array):
-        loss = losses(codec.fit(groups, shrink=shrink))
-        better = loss < best[0]
-        return (jnp.where(better, loss, best[0]), jnp.where(better, shrink, best[1])), None
-
-    def try_refit(state: tuple[Params, Params, jax.Array], _):
-        params, best, least = state
-        params = refit(groups, weights, codec, params)
-        loss = losses(params)
-        best = choose(loss < least, params, best)
-        return (params, best, jnp.minimum(loss, least)), None
-
     full = codec.fit(groups)
     size = _max_like(jnp.abs(groups), full)
     size = jnp.where(size == 0, 1.0, size)
-    start = losses(full)
-    grid = jnp.linspace(search.least, search.most, search.steps, dtype=jnp.float32)
-    (_, shrink), _ = jax.lax.scan(try_shrink, (start, jnp.ones_like(start)), grid)
-    params = codec.fit(groups, shrink=shrink)
-    # A parameter that several groups share may move when they all shrink at once: look again.
-    worse = jnp.sum(losses(params)) > jnp.sum(start)
-    params, shrink = choose(worse, full, params), jnp.where(worse, 1.0, shrink)
+
+    def keep_best(best: Params, least: jax.Array, params: Params, codes: jax.Array):
+        error = jnp.abs(groups - codec.values(codes, params))
+        error /= size  # so that high powers of small errors do not vanish
+        each = jnp.square(error) if search.p == 2 else error**search.p
+        loss = sum_like(each * weights, params)
+        return _choose(loss < least, params, best), jnp.minimum(loss, least)
+
+    def try_factor(state: tuple[Params, jax.Array], factor: jax.Array):
+        params = _choose(jnp.ones_like(size, bool), codec.fit(groups, shrink=factor), full)
+        return keep_best(*state, params, codec.codes(groups, params)), None
+
+    def try_refit(state: tuple[Params, Params, jax.Array], _):
+        params, *best = state
+        codes = codec.codes(groups, params)
+        best = keep_best(*best, params, codes)
+        return (refit(groups, codes, weights, codec, params), *best), None
+
+    factors = jnp.linspace(search.least, search.most, search.steps, dtype=jnp.float32)
+    factors = jnp.concatenate([jnp.ones(1), factors])
+    best, _ = jax.lax.scan(try_factor, (full, jnp.full_like(size, jnp.inf)), factors)
     if search.refit:
-        state = (params, params, losses(params))
-        (_, params, _), _ = jax.lax.scan(try_refit, state, length=search.refit)
-    return params, shrink
+        # The first step only looks at where it stands.
+        (_, *best), _ = jax.lax.scan(try_refit, (best[0], *best), length=search.refit + 1)
+    return best[0]
 
 
-def refit(groups: jax.Array, weights: jax.Array, codec: GroupCodec, params: Params) -> Params:
-    """One step of least squares: the parameters that fit the nearest codes best.
+def refit(
+    groups: jax.Array, codes: jax.Array, weights: jax.Array, codec: GroupCodec, params: Params
+) -> Params:
+    """The parameters that fit `codes` best, by weighted least squares.
 
     Every grid is `scale * level` or `scale * (level - zero)`: a line through the levels, without or
     with an intercept.
@@ -130,12 +127,12 @@ def refit(groups: jax.Array, weights: jax.Array, codec: GroupCodec, params: Para
     unit = params | {"scale": jnp.ones_like(params["scale"])}
     if shifted:
         unit |= {"zero": jnp.zeros_like(params["zero"])}
-    level = codec.values(codec.codes(groups, params), unit)
+    level = codec.values(codes, unit)
+    total = sum_like(jnp.broadcast_to(weights, groups.shape), params)
 
     def mean(x: jax.Array) -> jax.Array:
         return _ratio(sum_like(x * weights, params), total)
 
-    total = sum_like(jnp.broadcast_to(weights, groups.shape), params)
     mean_level, mean_weight = (mean(level), mean(groups)) if shifted else (0.0, 0.0)
     centred = level - mean_level
     slope = _ratio(mean(centred * (groups - mean_weight)), mean(jnp.square(centred)))
@@ -152,16 +149,12 @@ def as_stored(params: Params, codec: GroupCodec) -> Params:
     return codec.load(codec.store(params))
 
 
-def choose(condition: jax.Array, new: Params, old: Params) -> Params:
-    """`new` where `condition` holds (one bool for all, or for each group), `old` elsewhere.
-
-    With a bool for each group, a parameter that groups share stays old.
-    """
-    chosen = {}
-    for name, value in old.items():
-        whole = jnp.broadcast_shapes(condition.shape, value.shape) != value.shape
-        chosen[name] = value if whole else jnp.where(condition, new[name], value)
-    return chosen
+def _choose(condition: jax.Array, new: Params, old: Params) -> Params:
+    """`new` where `condition` (a bool for each group) holds; what groups share stays old."""
+    return {
+        name: jnp.where(condition, new[name], value) if value.shape == condition.shape else value
+        for name, value in old.items()
+    }
 
 
 def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -193,10 +186,8 @@ def group_weights(length: int, codec: GroupCodec, diagonal: jax.Array | None = N
 @functools.partial(jax.jit, static_argnames=("codec", "search"))
 def _solve(
     w: jax.Array, hessian: jax.Array | None, *, codec: GroupCodec, search: ClipSearch
-) -> tuple[Parts, jax.Array]:
+) -> Parts:
     groups = codec.split(w)
     diagonal = None if hessian is None else jnp.diagonal(hessian)
-    weights = group_weights(w.shape[-1], codec, diagonal)
-    params, shrink = fit_clipped(groups, weights, codec, search)
-    codes = codec.join(codec.codes(groups, params), w.shape[-1])
-    return codec.assemble(codes, params), jnp.mean(shrink)
+    params = fit_clipped(groups, group_weights(w.shape[-1], codec, diagonal), codec, search)
+    return codec.assemble(codec.join(codec.codes(groups, params), w.shape[-1]), params)

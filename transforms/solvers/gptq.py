@@ -77,7 +77,8 @@ class GPTQ(Solver):
             reason = "no damping up to 1 made the hessian positive definite"
             return Solved(rounded, rounded_info | info | {"fallback": "round", "reason": reason})
 
-        parts = _solve(w, hessian, *factor, codec=codec, solver=self)
+        options = {"act_order": self.act_order, "block": self.block, "clip": self.clip}
+        parts = _solve(w, hessian, *factor, damping, codec=codec, **options)
         info |= errors(w, codec, parts, hessian)
         if not info["output_error"] <= rounded_info["output_error"]:
             reason = "rounding has the smaller output error"
@@ -139,25 +140,28 @@ def _factorise(
     return order, jnp.tril(couplings, -1)
 
 
-@functools.partial(jax.jit, static_argnames=("codec", "solver"))
+@functools.partial(jax.jit, static_argnames=("codec", "act_order", "block", "clip"))
 def _solve(
     w: jax.Array,
     hessian: jax.Array,
     order: jax.Array,
     couplings: jax.Array,
+    damping: float,
     *,
     codec: GroupCodec,
-    solver: GPTQ,
+    act_order: bool,
+    block: int,
+    clip: ClipSearch | None,
 ) -> Parts:
     length = w.shape[-1]
     diagonal = jnp.diagonal(hessian)
-    weights = group_weights(length, codec, diagonal + solver.damping * jnp.mean(diagonal))
-    if solver.act_order or _is_shared(codec, length):
-        params = _fit(codec.split(w), weights, codec, solver.clip)
-        codes = _round_static(w[:, order], couplings, order, params, codec, solver.block)
+    weights = group_weights(length, codec, diagonal + damping * jnp.mean(diagonal))
+    if act_order or _is_shared(codec, length):
+        params = _fit(codec.split(w), weights, codec, clip)
+        codes = _round_static(w[:, order], couplings, order, params, codec, block)
         codes = jnp.zeros_like(codes).at[:, order].set(codes)
     else:
-        codes, params = _round_in_order(w, couplings, weights, codec, solver.clip)
+        codes, params = _round_in_order(w, couplings, weights, codec, clip)
     return codec.assemble(codes, params)
 
 
@@ -171,7 +175,11 @@ def _is_shared(codec: GroupCodec, length: int) -> bool:
 def _fit(groups: jax.Array, weights: jax.Array, codec: GroupCodec, clip: ClipSearch | None):
     if clip is None:
         return codec.fit(groups)
-    return fit_clipped(groups, weights, codec, clip)[0]
+    return fit_clipped(groups, weights, codec, clip)
+
+
+def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)  # not the GPU's 10 bits
 
 
 def _round_static(
@@ -186,14 +194,14 @@ def _round_static(
     length = w.shape[-1]
     group_of = order // codec.group_size(length)
 
-    def round_block(_, group_of):
+    def take_params(_given, _owed, _inside, group_of):
         # [rows or 1, n_groups or 1, 1] -> [block, rows or 1]
         columns = {
             name: p[:, jnp.minimum(group_of, p.shape[1] - 1), 0].T for name, p in params.items()
         }
         return columns, ()
 
-    codes, _ = _round_blocks(w, couplings, group_of, round_block, codec, min(block, length))
+    codes, _ = _round_blocks(w, couplings, group_of, take_params, codec, min(block, length))
     return codes
 
 
@@ -207,7 +215,13 @@ def _round_in_order(
     """Codes and parameters; a block is a group, fitted on what its columns have become."""
     group = codec.group_size(w.shape[-1])
 
-    def fit_block(columns, weights):
+    def fit_block(given, owed, inside, weights):
+        # What the columns would become if none of the group were rounded: each makes up for its
+        # share of the earlier errors, and so leaves less to the columns right of it.
+        shift = jax.scipy.linalg.solve_triangular(
+            inside + jnp.eye(group), owed, lower=True, unit_diagonal=True
+        )
+        columns = given + shift
         params = _fit(columns.T[:, None, :], weights[None, None], codec, clip)
         spread = {n: jnp.broadcast_to(p[:, 0, 0], (group, len(p))) for n, p in params.items()}
         return spread, params
@@ -225,7 +239,9 @@ def _round_blocks(w, couplings, extra, fit_block, codec: GroupCodec, block: int)
       w: `f32[rows, length]`.
       couplings: `f32[length, length]`, strictly lower: what column `i` takes of the error of `j`.
       extra: `[length]`, cut into blocks for `fit_block`.
-      fit_block: `(f32[block, rows], extra[block]) -> (params, kept)`; params `[block, rows]` each.
+      fit_block: from a block's given columns `f32[block, rows]`, what earlier blocks make them
+        take over, the couplings inside the block and its `extra`: params `[block, rows]` each, and
+        what to keep of the block.
 
     Returns:
       `uint8[rows, length]` codes, and `kept` of all blocks, stacked.
@@ -239,17 +255,17 @@ def _round_blocks(w, couplings, extra, fit_block, codec: GroupCodec, block: int)
 
     def round_block(error, xs):
         start, given, couplings, extra = xs
-        corrected = given + couplings @ error
-        params, kept = fit_block(corrected, extra)
+        owed = _matmul(couplings, error)
         inside = jax.lax.dynamic_slice_in_dim(couplings, start, block, axis=1)
+        params, kept = fit_block(given, owed, inside, extra)
 
         def round_column(error, xs):
-            i, given, corrected, coupling, params = xs
-            codes = codec.codes(corrected + coupling @ error, params)
+            i, given, owed, coupling, params = xs
+            codes = codec.codes(given + owed + _matmul(coupling, error), params)
             error = error.at[i].set(given - codec.values(codes, params))
             return error, codes
 
-        xs = (jnp.arange(block), given, corrected, inside, params)
+        xs = (jnp.arange(block), given, owed, inside, params)
         inner, codes = jax.lax.scan(round_column, jnp.zeros_like(given), xs)
         return jax.lax.dynamic_update_slice_in_dim(error, inner, start, axis=0), (codes, kept)
 

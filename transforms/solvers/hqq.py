@@ -126,7 +126,7 @@ def _solve(w: jax.Array, *, codec: GroupCodec, search: HQQ) -> Parts:
     if search.clip is None:
         params = codec.fit(groups)
     else:
-        params, _ = fit_clipped(groups, mask, codec, search.clip)
+        params = fit_clipped(groups, mask, codec, search.clip)
     params = improve(groups, mask, codec, params, search)
     codes = codec.join(codec.codes(groups, params), w.shape[-1])
     return codec.assemble(codes, params)

@@ -35,6 +35,8 @@ def solve_storage(
       `worst_<error>` is the largest of an error, and `fallback_entries` counts the entries that
       fell back.
     """
+    if 0 in x.shape:
+        raise ValueError(f"`x` has no elements: its shape is {x.shape}; there is nothing to solve.")
     if not 0 <= batch_dims < x.ndim:
         raise ValueError(
             f"`batch_dims` must lie in [0, {x.ndim}) for `x` {x.shape}; got {batch_dims}."
