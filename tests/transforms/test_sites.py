@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec
 
 import stowax as sx
 from stowax.transforms.core import is_packed
@@ -183,3 +184,30 @@ def test_one_input_is_kept():
     params = {"w": weight(0, 1, N), "v": weight(1, N, N)}
     fast = sx.quantize("int8")(lambda p, x: (x[:, :1] @ p["w"]) @ p["v"])
     assert not is_packed(fast.encode(params, X)["w"])
+
+
+def contracted(w, x):
+    return jnp.dot(x, w, out_sharding=PartitionSpec(None, None))
+
+
+@pytest.mark.parametrize(
+    ("fn", "shape", "spec"),
+    [
+        (lambda w, x: jnp.einsum("btd,dhk->bthk", x, w), (4, 3, N), ("d", None, None)),
+        (contracted, (4, N), (None, "d")),
+    ],
+)
+def test_explicit_shardings(fn, shape, spec):
+    """Types that name mesh axes stay as they are; the weight is decoded, and the report says so."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    w = weight(0, N, 2, 8) if len(shape) == 3 else weight(0, N, N)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(randn(1, *shape), jax.sharding.NamedSharding(mesh, PartitionSpec(*spec)))
+        original = jax.jit(lambda p, x: fn(p["w"], x))
+        fast = sx.quantize("int8")(original)
+        encoded = fast.encode({"w": w}, x)
+        got, want = jax.jit(fast)(encoded, x), original(decode(encoded), x)
+        assert jax.typeof(got) == jax.typeof(want)
+        assert relative_error(got, want) < 1e-6
+        use = fast.explain(encoded, x)["w"].uses[0]
+        assert (use.how, use.reason) == ("decode", "the matmul has explicit shardings")

@@ -83,6 +83,15 @@ def is_specified(sharding: Any) -> bool:
     return type(sharding).__name__ != "UnspecifiedValue"
 
 
+def is_sharded(eqn: Eqn) -> bool:
+    """Whether types around `eqn` name mesh axes (meshes with ``AxisType.Explicit``)."""
+    if eqn.params.get("out_sharding") is not None:
+        return True
+    avals: list[Any] = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
+    specs = [aval.sharding.spec for aval in avals if hasattr(aval, "sharding")]
+    return any(axis is not None for spec in specs for axis in spec)
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is traced; everything else (functions, strings, Python numbers) is static."""
     return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) or (

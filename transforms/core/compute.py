@@ -32,13 +32,17 @@ def _dot_general(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[A
     contract, batch = eqn.params["dimension_numbers"]
     inner = _atoms(w, contract[side])
     rows = _rows(w, _others(w.ndim, contract[side], batch[side]))
+    reason = ""
     if not contracts_encoded(w, contract[side]):
         reason = "the matmul does not contract the axes it is encoded along"
+    elif compat.is_sharded(eqn):
+        reason = "the matmul has explicit shardings"
+    if reason:
         run.note(w, eqn, "matmul", "decode", reason=reason, inner=inner, rows=rows)
         return _on_decoded(eqn, [w, x] if side == 0 else [x, w])
     how = kernel_name(w.folded(batch[side])) if run.recorder else ""
     run.note(w, eqn, "matmul", how, inner=inner, rows=rows)
-    aval = eqn.outvars[0].aval
+    aval: Any = eqn.outvars[0].aval
     call = _packed_dot(
         side,
         eqn.params["dimension_numbers"],
@@ -153,7 +157,8 @@ def _gather(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         at = index.ndim + axis
         shape = (*kept[:at], 1, *kept[at:])
         rows = rows.expand(shape, [i for i in range(len(shape)) if i != at])
-    out_dims = eqn.outvars[0].aval.ndim
+    out_aval: Any = eqn.outvars[0].aval
+    out_dims = out_aval.ndim
     from_index = iter(range(index.ndim))
     from_rows = iter(range(index.ndim, out_dims))
     order = [next(from_rows if i in dims.offset_dims else from_index) for i in range(out_dims)]
