@@ -22,6 +22,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from stowax.pallas_kernels.codecs import Codec, GroupCodec, Params, Parts
 
@@ -92,8 +93,7 @@ def fit_clipped(
     def keep_best(best: Params, least: jax.Array, params: Params, codes: jax.Array):
         error = jnp.abs(groups - codec.values(codes, params))
         error /= size  # so that high powers of small errors do not vanish
-        each = jnp.square(error) if search.p == 2 else error**search.p
-        loss = sum_like(each * weights, params)
+        loss = sum_like(power(error, search.p) * weights, params)
         return _choose(loss < least, params, best), jnp.minimum(loss, least)
 
     def try_factor(state: tuple[Params, jax.Array], factor: jax.Array):
@@ -147,6 +147,13 @@ def refit(
 def as_stored(params: Params, codec: GroupCodec) -> Params:
     """`params` rounded to the precision they are stored in."""
     return codec.load(codec.store(params))
+
+
+def power(x: jax.Array, p: float) -> jax.Array:
+    """``abs(x) ** p``, by products or by exp and log: XLA's own power is five times slower on the CPU."""
+    if p == int(p):
+        return lax.integer_pow(jnp.abs(x), int(p))
+    return jnp.exp(p * jnp.log(jnp.abs(x)))
 
 
 def _choose(condition: jax.Array, new: Params, old: Params) -> Params:

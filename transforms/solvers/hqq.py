@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from stowax.pallas_kernels.codecs import Codec, GroupCodec, Params, Parts
 
 from .base import Solved, Solver, check_inputs, errors, require_groups
-from .clip import ClipSearch, as_stored, fit_clipped, group_weights, sum_like
+from .clip import ClipSearch, as_stored, fit_clipped, group_weights, power, sum_like
 
 CLIP = ClipSearch(p=8.0, refit=0)
 
@@ -94,7 +94,7 @@ def improve(
     def measure(zero: jax.Array):
         codes = codec.codes(groups, params | {"zero": zero})
         error = groups - codec.values(codes, params | {"zero": zero})
-        return codes, error, sum_like(jnp.abs(error) ** search.p * mask, params)
+        return codes, error, sum_like(power(error, search.p) * mask, params)
 
     def step(state, _):
         zero, beta, best_zero, best_loss = state
@@ -105,7 +105,7 @@ def improve(
             jnp.where(better, loss, best_loss),
         )
         size = jnp.abs(error)
-        shrunk = jnp.sign(error) * jnp.maximum(size - size ** (search.p - 1) / beta, 0)
+        shrunk = jnp.sign(error) * jnp.maximum(size - power(size, search.p - 1) / beta, 0)
         shrunk = jnp.where(size == 0, 0, shrunk)
         target = codes.astype(jnp.float32) - (groups - shrunk) / scale
         zero = sum_like(target * mask, params) / count
