@@ -27,7 +27,6 @@ CONFIG = sweep.Config(
         "int4-g64",
         "int4-g64-hqq",
         "int4-g64-gptq",
-        "int4-g32",
         "nf4-g64",
         "int3-g64",
         "int3-g64-gptq",

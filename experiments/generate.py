@@ -5,12 +5,11 @@ python -m stowax.experiments.generate --variant=int4-g64-gptq --prompt="What is 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from absl import app, flags
 
-from stowax.models import Sampling
+from stowax.models import Sampling, generate
 
 from . import measure, sweep, texts, variants
 from .results import write_json
@@ -35,12 +34,23 @@ OUT = flags.DEFINE_string("out", "", "A JSON file for the result.")
 def main(_: list[str]) -> None:
     variants.check([VARIANT.value])
     model = sweep.load(MODEL.value)
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
     calibration = texts.batches(model, _DEFAULT.calibration, _DEFAULT.batches, _DEFAULT.length)
     variant = variants.build(model, VARIANT.value, calibration)
-    sampling = Sampling(temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value)
-    text, speed = measure.speak(
-        model, variant, WORDS.value, PROMPT.value, sampling=sampling, seed=SEED.value
+    ids = tokenizer.encode(tokenizer.apply_chat([{"role": "user", "content": PROMPT.value}]))
+    out = generate(
+        variant.transform(model.step),
+        variant.params,
+        model.init_cache(1, len(ids) + WORDS.value),
+        ids,
+        max_tokens=WORDS.value,
+        eos_ids=tokenizer.eos_ids,
+        sampling=Sampling(temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value),
+        seed=SEED.value,
+        timing=True,
     )
+    text, speed = tokenizer.decode(out.tokens[0]), out.decode_tokens_per_s or 0.0
     print(text)
     print(f"\n{variant.name}: {speed:.1f} tokens/s")
     if OUT.value:
@@ -50,7 +60,7 @@ def main(_: list[str]) -> None:
             "text": text,
             "tokens_per_s": speed,
         }
-        write_json(Path(OUT.value), json.loads(json.dumps(result)))
+        write_json(Path(OUT.value), result)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from stowax import memory_planner
-from stowax.models import Model, generate, perplexity
+from stowax.models import Model, perplexity
 
 from .variants import Variant, linear_bits
 
+CACHE = 128  # tokens that fit in the cache of a measured decode step
 PROMPT = "Explain in two sentences what a compiler does."
 
 
@@ -52,8 +52,9 @@ def measure(
     """Scores `tokens` in windows, and generates `words` tokens."""
     start = time.perf_counter()
     score = perplexity(variant.transform(model.nll), variant.params, tokens, window=window)
-    text, speed = speak(model, variant, words)
-    memory = decode_memory(model, variant)
+    step = compile_step(model, variant)
+    text, speed = speak(model, variant, step, words)
+    memory = memory_planner.memory_report(step)
     nbytes = memory_planner.tree_nbytes(variant.params)
     count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
     return Figures(
@@ -70,30 +71,28 @@ def measure(
     )
 
 
-def speak(
-    model: Model, variant: Variant, words: int, prompt: str = PROMPT, **options: Any
-) -> tuple[str, float]:
-    """The model's answer to a prompt, and its tokens per second."""
-    assert model.tokenizer is not None
-    chat = model.tokenizer.apply_chat([{"role": "user", "content": prompt}])
-    ids = model.tokenizer.encode(chat)
-    cache = model.init_cache(1, len(ids) + words)
-    out = generate(
-        variant.transform(model.step),
-        variant.params,
-        cache,
-        ids,
-        max_tokens=words,
-        eos_ids=model.tokenizer.eos_ids,
-        timing=True,
-        **options,
-    )
-    return model.tokenizer.decode(out.tokens[0]), out.decode_tokens_per_s or 0.0
-
-
-def decode_memory(model: Model, variant: Variant, length: int = 256) -> memory_planner.MemoryReport:
-    """XLA's bytes of one decode step with a cache of `length` tokens, the cache donated."""
+def compile_step(model: Model, variant: Variant) -> jax.stages.Compiled:
+    """One decode step, batch 1, with a cache of `CACHE` tokens that is donated."""
     step = jax.jit(variant.transform(model.step), donate_argnums=2)
-    cache = jax.eval_shape(lambda: model.init_cache(1, length))
-    compiled = step.lower(variant.params, jnp.zeros((1, 1), jnp.int32), cache).compile()
-    return memory_planner.memory_report(compiled)
+    cache = jax.eval_shape(lambda: model.init_cache(1, CACHE))
+    return step.lower(variant.params, jax.ShapeDtypeStruct((1, 1), jnp.int32), cache).compile()
+
+
+def speak(
+    model: Model, variant: Variant, step: jax.stages.Compiled, words: int
+) -> tuple[str, float]:
+    """The greedy answer to `PROMPT`, and tokens per second, everything a token at a time."""
+    assert model.tokenizer is not None
+    prompt = model.tokenizer.encode(
+        model.tokenizer.apply_chat([{"role": "user", "content": PROMPT}])
+    )
+    cache = model.init_cache(1, CACHE)
+    for token in prompt:
+        logits, cache = step(variant.params, jnp.full((1, 1), token, jnp.int32), cache)
+    answer = [int(logits[0, -1].argmax())]
+    start = time.perf_counter()
+    while len(answer) < words and answer[-1] not in model.tokenizer.eos_ids:
+        logits, cache = step(variant.params, jnp.full((1, 1), answer[-1], jnp.int32), cache)
+        answer.append(int(logits[0, -1].argmax()))
+    seconds = time.perf_counter() - start
+    return model.tokenizer.decode(answer), (len(answer) - 1) / seconds
