@@ -22,6 +22,7 @@ from tests.transforms.check import (
     primitives,
     randn,
     relative_error,
+    rewrite,
     weight,
 )
 
@@ -259,7 +260,8 @@ def test_case(case):
 def test_stacked_vectors_are_kept():
     """A scan over the rows of a matrix multiplies by vectors, which are no weights."""
     fn = lambda p, x: lax.scan(lambda _, row: (_, x @ row), None, p["w"].T)[1]
-    row = sx.quantize("int8")(fn).explain(one(), X)["w"]
+    with pytest.warns(UserWarning, match="take no weight"):
+        row = sx.quantize("int8")(fn).explain(one(), X)["w"]
     assert (row.codec, row.reason) == ("", "no weight: used by dot_general")
     with pytest.raises(ValueError, match="take no weight"):
         sx.quantize("int8")(fn).encode(one(), X)
@@ -268,8 +270,8 @@ def test_stacked_vectors_are_kept():
 def test_one_program_for_equal_layers():
     """Layers that share an inner jaxpr share one `jit` in the rewritten program."""
     fn, params, args = shared_inner_jaxpr()
-    fast = sx.quantize("int8")(fn)
-    _, rewritten = fast.jaxprs(fast.encode(params, *args), *args)
+    fast, encoded = rewrite(fn, params, *args)
+    _, rewritten = fast.jaxprs(encoded, *args)
     calls = [
         e.params["jaxpr"] for e in compat.open_jaxpr(rewritten)[0].eqns if e.primitive.name == "jit"
     ]
@@ -279,8 +281,8 @@ def test_one_program_for_equal_layers():
 
 def test_scan_stays_a_scan():
     fn, params, args = scan_xs()
-    fast = sx.quantize("int8")(fn)
-    before, after = fast.jaxprs(fast.encode(params, *args), *args)
+    fast, encoded = rewrite(fn, params, *args)
+    before, after = fast.jaxprs(encoded, *args)
     lengths = [
         [e.params["length"] for e in compat.open_jaxpr(j)[0].eqns if e.primitive.name == "scan"]
         for j in (before, after)
@@ -299,14 +301,14 @@ def test_scan_stays_a_scan():
 )
 def test_construct_is_kept(build, kept):
     fn, params, args = build()
-    fast = sx.quantize("int8")(fn)
-    assert kept in primitives(fast.jaxprs(fast.encode(params, *args), *args)[1])
+    fast, encoded = rewrite(fn, params, *args)
+    assert kept in primitives(fast.jaxprs(encoded, *args)[1])
 
 
 def test_names_are_kept():
     fn, params, args = named_scopes()
-    fast = sx.quantize("int8")(fn)
-    after = fast.jaxprs(fast.encode(params, *args), *args)[1]
+    fast, encoded = rewrite(fn, params, *args)
+    after = fast.jaxprs(encoded, *args)[1]
     scopes = {compat.where(eqn) for eqn in compat.open_jaxpr(after)[0].eqns}
     assert scopes == {"block"}
     assert fast.explain(params, *args)["w"].uses[0].where == "block"
@@ -322,8 +324,7 @@ def test_effects_are_kept(ordered):
         jax.debug.callback(lambda v: seen.append(float(v)), y.sum(), ordered=ordered)
         return y
 
-    fast = sx.quantize("int8")(fn)
-    encoded = fast.encode(one(), X)
+    fast, encoded = rewrite(fn, one(), X)
     jax.jit(fast)(encoded, X)
     jax.effects_barrier()
     assert len(seen) == 2
@@ -332,8 +333,7 @@ def test_effects_are_kept(ordered):
 
 def test_vmap_of_the_rewritten():
     fn, params, (x,) = scan_xs()
-    fast = sx.quantize("int8")(fn)
-    encoded = fast.encode(params, x)
+    fast, encoded = rewrite(fn, params, x)
     xs = jnp.stack([x, 2 * x])
     got = jax.jit(jax.vmap(fast, in_axes=(None, 0)))(encoded, xs)
     want = jax.jit(jax.vmap(fn, in_axes=(None, 0)))(decode(encoded), xs)

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-import stowax as sx
 from stowax.transforms.core import is_packed
 from tests.transforms import test_control as control
-from tests.transforms.check import decode, randn, relative_error, weight
+from tests.transforms.check import decode, randn, relative_error, rewrite, weight
 
 N = control.N
 
@@ -36,8 +35,7 @@ def loss_of(fn):
 def test_lossless_codec_gives_the_reference(name):
     """With weights stored as float32, gradients of weights and inputs are those of the original."""
     fn, params, args = BUILDS[name]()
-    fast = sx.quantize("f32")(fn)
-    encoded = fast.encode(params, *args)
+    fast, encoded = rewrite(fn, params, *args, spec="f32")
     got = jax.jit(jax.grad(loss_of(fast), argnums=(0, 1)))(encoded, *args)
     want = jax.jit(jax.grad(loss_of(fn), argnums=(0, 1)))(params, *args)
     assert relative_error(decode(got), want) < 2e-6
@@ -46,10 +44,10 @@ def test_lossless_codec_gives_the_reference(name):
 @pytest.mark.parametrize("name", ["custom_vjp in scan in remat", "cond"])
 def test_frozen_weights_and_trainable_inputs(name):
     fn, params, args = BUILDS[name]()
-    fast = sx.quantize("int4-g8")(fn)
-    encoded = fast.encode(params, *args)
+    fast, encoded = rewrite(fn, params, *args)
     got = jax.jit(jax.grad(loss_of(fast), argnums=1))(encoded, *args)
-    want = jax.jit(jax.grad(loss_of(fn), argnums=1))(decode(encoded), *args)
+    through_decode = lambda p, *rest: loss_of(fn)(decode(p), *rest)
+    want = jax.jit(jax.grad(through_decode, argnums=1))(encoded, *args)
     assert relative_error(got, want) < 2e-6
 
 
@@ -59,8 +57,7 @@ def test_frozen_weights_and_trainable_inputs(name):
 def test_gradients_of_scales(name, spec):
     """They are those through decoding; codes are frozen."""
     fn, params, args = BUILDS[name]()
-    fast = sx.quantize(spec)(fn)
-    encoded = fast.encode(params, *args)
+    fast, encoded = rewrite(fn, params, *args, spec=spec)
     through_decode = lambda p, *rest: loss_of(fn)(decode(p), *rest)
     got = jax.jit(jax.grad(loss_of(fast), allow_int=True))(encoded, *args)["w"].parts
     want = jax.jit(jax.grad(through_decode, allow_int=True))(encoded, *args)["w"].parts
@@ -75,8 +72,7 @@ def test_gradients_of_scales(name, spec):
 
 def test_jvp():
     fn, params, (x,) = control.scan_xs()
-    fast = sx.quantize("int8")(fn)
-    encoded = fast.encode(params, x)
+    fast, encoded = rewrite(fn, params, x)
     tangent = lambda f, p: jax.jvp(lambda x: f(p, x), (x,), (jnp.ones_like(x),))[1]
     got, want = jax.jit(tangent, static_argnums=0)(fast, encoded), tangent(fn, decode(encoded))
     assert relative_error(got, want) < 2e-6
@@ -103,8 +99,7 @@ SAVING.pop("remat with a policy")  # it asks for its dots to be saved
 @pytest.mark.parametrize("name", SAVING)
 def test_no_decoded_weight_is_kept_for_the_backward_pass(name):
     fn, params, args = SAVING[name]()
-    fast = sx.quantize("int8")(fn)
-    encoded = fast.encode(params, *args)
+    fast, encoded = rewrite(fn, params, *args)
     assert is_packed(encoded["w"])
     kept = jax.eval_shape(lambda x: jax.vjp(lambda x: fast(encoded, x, *args[1:]), x)[1], args[0])
     sizes = {v.size for v in jax.tree.leaves(kept) if jnp.issubdtype(v.dtype, jnp.floating)}

@@ -114,10 +114,13 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:haiku")
 @pytest.mark.parametrize("case", CASES, ids=by_name)
 def test_model(case):
-    spec, bound = ("f32", 1e-6) if "ragged" in case.name else ("int8", 0.03)  # routes may flip
-    check_case(case, spec, bound)
+    if "ragged" in case.name:
+        check_case(case, "f32", 1e-6)  # routes may flip in fewer bits
+    else:
+        check_case(case, bound=0.03)
 
 
 def test_equinox_under_filter_jit_and_grad():

@@ -10,7 +10,16 @@ from jax.sharding import PartitionSpec
 
 import stowax as sx
 from stowax.transforms.core import is_packed
-from tests.transforms.check import Case, by_name, check_case, decode, randn, relative_error, weight
+from tests.transforms.check import (
+    Case,
+    by_name,
+    check_case,
+    decode,
+    randn,
+    relative_error,
+    rewrite,
+    weight,
+)
 
 N = 16
 X = randn(100, 4, N)
@@ -142,10 +151,8 @@ def test_rows_out_of_range(mode):
     """A table's rows beyond its ends are what they were."""
     ids = jnp.array([-1, 0, 49, 50, -51, 1000])
     fn = lambda p, ids: jnp.take(p["w"], ids, axis=0, mode=mode)
-    fast = sx.quantize("f32")(fn)
-    params = {"w": weight(0, 50, N)}
-    encoded = fast.encode(params, ids)
-    got, want = fast(encoded, ids), fn(params, ids)
+    fast, encoded = rewrite(fn, {"w": weight(0, 50, N)}, ids)
+    got, want = fast(encoded, ids), fn(decode(encoded), ids)
     assert jnp.array_equal(got, want, equal_nan=True)
 
 
@@ -153,8 +160,7 @@ def test_weights_as_results():
     """Packed leaves in nested results come out as tensors."""
     fn = lambda p, x: {"y": [x @ p["w"], p["w"].T], "same": p}
     params = {"w": weight(0, N, N), "b": randn(1, N)}
-    fast = sx.quantize("int8")(fn)
-    encoded = fast.encode(params, X)
+    fast, encoded = rewrite(fn, params, X)
     assert relative_error(fast(encoded, X), fn(decode(encoded), X)) < 1e-6
 
 
@@ -162,8 +168,7 @@ def test_low_rank_update():
     """``w + a @ b`` is no stored tensor: it is computed, and the report says from what."""
     params = {"w": weight(0, N, N), "a": weight(1, N, 2), "b": weight(2, 2, N)}
     fn = lambda p, x: x @ (p["w"] + p["a"] @ p["b"])
-    fast = sx.quantize("int8")(fn)
-    encoded = fast.encode(params, X)
+    fast, encoded = rewrite(fn, params, X)
     explained = fast.explain(encoded, X)
     assert explained["w"].reason == "no weight: used by add (`add` has no low-bit form)"
     assert relative_error(fast(encoded, X), fn(decode(encoded), X)) < 1e-6
@@ -172,8 +177,7 @@ def test_low_rank_update():
 def test_a_function_of_a_weight_is_kept():
     params = {"w": weight(0, N, N), "t": weight(1, N, N)}
     fn = lambda p, x: x @ p["w"] @ jnp.tanh(p["t"])
-    fast = sx.quantize("int8")(fn)
-    encoded = fast.encode(params, X)
+    fast, encoded = rewrite(fn, params, X)
     assert encoded["t"] is params["t"]
     row = fast.explain(encoded, X)["t"]
     assert row.reason == "no weight: used by tanh (`tanh` has no low-bit form)"
@@ -204,8 +208,7 @@ def test_explicit_shardings(fn, shape, spec):
     with jax.set_mesh(mesh):
         x = jax.device_put(randn(1, *shape), jax.sharding.NamedSharding(mesh, PartitionSpec(*spec)))
         original = jax.jit(lambda p, x: fn(p["w"], x))
-        fast = sx.quantize("int8")(original)
-        encoded = fast.encode({"w": w}, x)
+        fast, encoded = rewrite(original, {"w": w}, x)
         got, want = jax.jit(fast)(encoded, x), original(decode(encoded), x)
         assert jax.typeof(got) == jax.typeof(want)
         assert relative_error(got, want) < 1e-6
