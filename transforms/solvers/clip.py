@@ -101,18 +101,20 @@ def fit_clipped(
         return keep_best(*state, params, codec.codes(groups, params)), None
 
     def try_refit(state: tuple[Params, Params, jax.Array], _):
-        params, *best = state
+        params, best, least = state
         codes = codec.codes(groups, params)
-        best = keep_best(*best, params, codes)
-        return (refit(groups, codes, weights, codec, params), *best), None
+        best, least = keep_best(best, least, params, codes)
+        return (refit(groups, codes, weights, codec, params), best, least), None
 
     factors = jnp.linspace(search.least, search.most, search.steps, dtype=jnp.float32)
     factors = jnp.concatenate([jnp.ones(1), factors])
-    best, _ = jax.lax.scan(try_factor, (full, jnp.full_like(size, jnp.inf)), factors)
+    start = (full, jnp.full_like(size, jnp.inf))
+    (best, least), _ = jax.lax.scan(try_factor, start, factors)
     if search.refit:
         # The first step only looks at where it stands.
-        (_, *best), _ = jax.lax.scan(try_refit, (best[0], *best), length=search.refit + 1)
-    return best[0]
+        state = (best, best, least)
+        (_, best, _), _ = jax.lax.scan(try_refit, state, length=search.refit + 1)
+    return best
 
 
 def refit(
@@ -133,7 +135,8 @@ def refit(
     def mean(x: jax.Array) -> jax.Array:
         return _ratio(sum_like(x * weights, params), total)
 
-    mean_level, mean_weight = (mean(level), mean(groups)) if shifted else (0.0, 0.0)
+    zero = jnp.zeros_like(total)
+    mean_level, mean_weight = (mean(level), mean(groups)) if shifted else (zero, zero)
     centred = level - mean_level
     slope = _ratio(mean(centred * (groups - mean_weight)), mean(jnp.square(centred)))
     slope = jnp.where(slope * params["scale"] > 0, slope, params["scale"])

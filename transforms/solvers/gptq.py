@@ -77,10 +77,18 @@ class GPTQ(Solver):
             reason = "no damping up to 1 made the hessian positive definite"
             return Solved(rounded, rounded_info | info | {"fallback": "round", "reason": reason})
 
-        options = {"act_order": self.act_order, "block": self.block, "clip": self.clip}
-        parts = _solve(w, hessian, *factor, damping, codec=codec, **options)
+        parts = _solve(
+            w,
+            hessian,
+            *factor,
+            damping,
+            codec=codec,
+            act_order=self.act_order,
+            block=self.block,
+            clip=self.clip,
+        )
         info |= errors(w, codec, parts, hessian)
-        if not info["output_error"] <= rounded_info["output_error"]:
+        if not float(info["output_error"]) <= float(rounded_info["output_error"]):
             reason = "rounding has the smaller output error"
             return Solved(rounded, info | rounded_info | {"fallback": "round", "reason": reason})
         return Solved(parts, info)

@@ -8,7 +8,13 @@ couples the two and grows by `kappa`):
     error <- shrink(w - scale * (codes - zero))          the proximal step of |.|**p
     zero  <- mean over the group of (codes - (w - error) / scale)
 
+The proximal step gives 0 for errors below `beta**(-1 / (2 - p))`, 0.17 at the start: for weights of
+ordinary size the errors stay whole, and the step makes the mean error of each group zero. That is
+what helps: inputs of a layer have means, and an error that all weights of a group share adds up.
+
 References: Half-Quadratic Quantization, https://mobiusml.github.io/hqq_blog/.
+Differs from it in: 1. each group keeps its own best step, where it stops when the mean error of the
+whole weight grows; 2. each group's range is searched first (`clip`), which it leaves at full.
 """
 
 from __future__ import annotations
