@@ -3,7 +3,8 @@
 Asymmetric: ``x' = scale * (code - zero)`` with ``scale = (max - min) / (2**bits - 1)`` over a
 range that is made to hold 0, and an integer zero point ``round(-min / scale)``; both are stored
 (the zero point as float16 too, so that solvers may move it off the integers, as HQQ does). No
-value is further than half a step from its level.
+value is further than half a step from its level. A group that already lies on a grid with a float
+minimum (weights that a file held in 4 bits, such as GGUF's Q4_1) keeps that grid and its values.
 
 Symmetric: ``x' = scale * (code - 2**(bits-1))``. The full range is used: the scale takes the sign
 that maps the value of largest magnitude to the code 0, that is to level ``-2**(bits-1)``
@@ -31,6 +32,9 @@ from .grouped import (
     reduce_axes,
     round_scale,
 )
+
+
+ON_GRID = 0.03  # of a step: as far as a value may be from its level to count as lying on it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +92,8 @@ class Int(GroupCodec):
             return {"scale": self._round(-extreme / self.middle)}
         scale = self._round(high / self.last - low / self.last)  # high - low could overflow
         zero = jnp.clip(jnp.round(-low / nonzero(scale)), 0, self.last)
-        return {"scale": scale, "zero": zero}
+        params = {"scale": scale, "zero": zero}
+        return self._keep_grid(groups, axes, params) if isinstance(shrink, float) else params
 
     def codes(self, x: jax.Array, params: Params) -> jax.Array:
         level = x / nonzero(params["scale"]) + params.get("zero", self.middle)
@@ -104,6 +109,18 @@ class Int(GroupCodec):
 
     def load(self, parts: Parts) -> Params:
         return {k: v.astype(jnp.float32)[..., None] for k, v in parts.items()}
+
+    def _keep_grid(self, groups: jax.Array, axes: tuple[int, ...], params: Params) -> Params:
+        """Where a group already lies on a grid from its least to its greatest value, that grid."""
+        low = jnp.min(groups, axis=axes, keepdims=True)
+        high = jnp.max(groups, axis=axes, keepdims=True)
+        scale = self._round(high / self.last - low / self.last)
+        zero = round_scale(-low / nonzero(scale), self.scale_dtype)
+        level = groups / nonzero(scale) + zero
+        off = jnp.max(jnp.abs(level - jnp.round(level)), axis=axes, keepdims=True)
+        kept = (off < ON_GRID) & (scale > 0) & (jnp.abs(zero) < 2**10)
+        own = {"scale": scale, "zero": zero}
+        return {name: jnp.where(kept, own[name], value) for name, value in params.items()}
 
     @property
     def _symmetric_by_default(self) -> bool:
