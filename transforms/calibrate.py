@@ -1,13 +1,14 @@
 """The calibration run: every weight is solved where the program first multiplies by it.
 
 The function is evaluated once, equation by equation, on all calibration batches in step. When a matmul with a
-claimed weight is reached, the second moment of its inputs is taken, the solver runs, and the evaluation goes on with the
-quantized weight: layer after layer through the already quantized part (GPTQ's sequential order), in any program.
+claimed weight is reached, the second moment of its inputs is taken, the solver runs, and the evaluation goes on with
+the quantized weight: layer after layer through the already quantized part (GPTQ's sequential order), in any program.
 Scans are stepped through, so stacked layers are solved one by one. Nothing after the last claimed weight is run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -129,11 +130,9 @@ def calibrate(
         else:
             values.append([sample[i] for sample in arrays])
     total = sum(site.entries for site in sites.values())
-    with tqdm(total=total, desc="calibrating", unit="layer", leave=False, disable=total < 8) as bar:
-        try:
-            _Calibrator(sites, len(batches), bar).run(program.jaxpr, values)
-        except _Done:
-            pass
+    bar = tqdm(total=total, desc="calibrating", unit="layer", leave=False, disable=total < 8)
+    with bar, contextlib.suppress(_Done):
+        _Calibrator(sites, len(batches), bar).run(program.jaxpr, values)
     return {name: site.result() for name, site in sites.items()}
 
 
@@ -251,7 +250,7 @@ class _Calibrator:
         """A convolution is a matmul of the patches of its image."""
         xs, w = values
         p, spec = eqn.params, eqn.params["dimension_numbers"]
-        out, *contract = spec.rhs_spec
+        contract = spec.rhs_spec[1:]
         grouped = p["feature_group_count"] != 1 or p["batch_group_count"] != 1
         if not is_packed(w) or is_packed(xs) or grouped or not contracts_encoded(w, contract):
             return
@@ -268,7 +267,7 @@ class _Calibrator:
             )
             for x in xs
         ]
-        numbers = (((spec.out_spec[1],), tuple(contract)), ((), ()))
+        numbers = (((spec.out_spec[1],), contract), ((), ()))
         self.solve(w.folded(()), [fold_inputs(x, w, 1, numbers) for x in patches], patches)
 
     def solve(self, w: Packed, folded: Samples, xs: Samples) -> None:

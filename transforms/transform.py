@@ -1,8 +1,8 @@
 """Transforms: what the user composes, and the function that comes out.
 
 A transform looks at the weights of a program and claims some of them, each with a codec and a solver. `Transformed`
-is the original function with the claims of its transforms carried out: `encode` packs the weights offline, one leaf at a
-time; calling it rewrites the program and runs it; `explain` says what happened to every leaf.
+is the original function with the claims of its transforms carried out: `encode` packs the weights offline, one leaf
+at a time; calling it rewrites the program and runs it; `explain` says what happened to every leaf.
 """
 
 from __future__ import annotations

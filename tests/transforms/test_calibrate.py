@@ -11,7 +11,8 @@ import pytest
 from jax import lax
 
 import stowax as sx
-from tests.transforms.check import decode, randn, relative_error, weight
+from stowax.transforms.solvers import Solved
+from tests.transforms.check import Plain, Quick, decode, randn, relative_error, weight
 from tests.transforms.test_eleven import scanned
 
 N = 32
@@ -125,7 +126,36 @@ CASES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Spy(sx.transforms.solvers.Solver):
+    """Keeps the hessians that it is given, and encodes."""
+
+    calibration: tuple = dataclasses.field(default=(), compare=False)
+    seen: list = dataclasses.field(default_factory=list, compare=False)
+    name = "spy"
+    needs = frozenset({"hessian"})
+
+    def solve(self, w, codec, *, hessian=None):
+        self.seen.append(np.asarray(hessian))
+        return Solved(codec.encode(w), {})
+
+
 @pytest.mark.parametrize("name", CASES)
+def test_every_weight_is_solved_on_its_inputs(name):
+    fn, params, x = CASES[name]()
+    fast = sx.quantize(Plain(), solver=Spy([x]))(fn)
+    encoded = fast.encode(params)
+    assert codes(encoded) == codes(sx.quantize(Plain(), solver=Quick())(fn).encode(params, x))
+    for row in fast.report.rows:
+        assert "fallback" not in row.info, row
+        assert row.info["tokens"] > 0
+
+
+def codes(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("name", ["plain", "scan", "linen scan", "ragged experts"])
 def test_calibrated_output_is_closer(name):
     fn, params, x = CASES[name]()
     solved = sx.quantize(SPEC, solver=sx.gptq([x], clip=None))(fn)  # clips take long to compile
@@ -140,20 +170,6 @@ def test_calibrated_output_is_closer(name):
     error = lambda p: relative_error(jitted(decode(p), x), want)
     assert error(encoded) < 0.9 * error(rounded)
     assert relative_error(jax.jit(solved)(encoded, x), jitted(decode(encoded), x)) < 1e-5
-
-
-@dataclasses.dataclass(frozen=True)
-class Spy(sx.transforms.solvers.Solver):
-    """Keeps the hessians that it is given, and rounds."""
-
-    calibration: tuple = dataclasses.field(default=(), compare=False)
-    seen: list = dataclasses.field(default_factory=list, compare=False)
-    name = "spy"
-    needs = frozenset({"hessian"})
-
-    def solve(self, w, codec, *, hessian=None):
-        self.seen.append(np.asarray(hessian))
-        return sx.rounding().solve(w, codec, hessian=hessian)
 
 
 def moment(*inputs):
@@ -183,7 +199,7 @@ def test_later_layers_see_quantized_ones(name):
 def test_experts_see_their_own_tokens():
     fn, params, x = ragged_experts()
     spy = Spy([x])
-    sx.quantize({"up": "int8", "": None}, solver=spy)(fn).encode(params)
+    sx.quantize({"up": Plain(), "": None}, solver=spy)(fn).encode(params)
     for seen, rows in zip(spy.seen, (x[:50], x[50:98], x[98:])):
         np.testing.assert_allclose(seen, moment(rows), rtol=1e-3, atol=1e-4)
 
@@ -191,7 +207,7 @@ def test_experts_see_their_own_tokens():
 def test_convolutions_see_patches():
     fn, params, x = convolution()
     spy = Spy([x])
-    sx.quantize({"^a$": "int8", "": None}, solver=spy)(fn).encode(params)
+    sx.quantize({"^a$": Plain(), "": None}, solver=spy)(fn).encode(params)
     padded = np.pad(
         x, ((0, 0), (0, 1), (0, 1), (0, 0))
     )  # SAME, for 3 x 2 windows in steps of 2 x 1
@@ -204,7 +220,7 @@ def test_convolutions_see_patches():
 def test_tied_weights_are_solved_where_they_are_multiplied():
     fn = lambda p, ids: jnp.tanh(p["table"][ids]) @ p["table"].T
     ids = jnp.arange(64).reshape(4, 16) % 40
-    fast = sx.quantize(SPEC, solver=Spy([ids]))(fn)
+    fast = sx.quantize(Plain(), solver=Spy([ids]))(fn)
     encoded = fast.encode({"table": randn(0, 40, N)})
     assert "fallback" not in fast.report.rows[0].info
     assert relative_error(fast(encoded, ids), fn(decode(encoded), ids)) < 1e-5
@@ -267,7 +283,7 @@ def test_nothing_after_the_last_weight_is_run():
 def test_batches_of_several_arguments():
     fn = lambda x, p, scale: (x * scale) @ p["w"]
     batches = [(X, jnp.float32(2)), (X + 1, jnp.float32(3))]
-    fast = sx.quantize("int8", solver=Spy(batches))(fn, params=1)
+    fast = sx.quantize(Plain(), solver=Spy(batches))(fn, params=1)
     fast.encode({"w": weight(0, N, N)})
     seen = fast.transform.solver.seen[0]
     np.testing.assert_allclose(seen, moment(2 * X, 3 * (X + 1)), rtol=1e-3)

@@ -33,18 +33,57 @@ def mapped(x):
 
 # primitive: (a function that uses it, its arguments, the names of its parameters)
 PRIMITIVES = {
-    "jit": (jax.jit(jnp.sin), (X,), "compiler_options_kvs ctx_mesh donated_invars in_layouts in_shardings inline jaxpr keep_unused name out_layouts out_shardings"),
-    "scan": (lambda x: lax.scan(lambda c, _: (c, None), x, length=2), (X,), "ft_in ft_out jaxpr length reverse unroll"),
-    "while": (lambda x: lax.while_loop(lambda x: x.sum() > 0, lambda x: x - 1, x), (X,), "body_jaxpr body_nconsts cond_jaxpr cond_nconsts"),
+    "jit": (
+        jax.jit(jnp.sin),
+        (X,),
+        (
+            "compiler_options_kvs ctx_mesh donated_invars in_layouts in_shardings inline "
+            "jaxpr keep_unused name out_layouts out_shardings"
+        ),
+    ),
+    "scan": (
+        lambda x: lax.scan(lambda c, _: (c, None), x, length=2),
+        (X,),
+        "ft_in ft_out jaxpr length reverse unroll",
+    ),
+    "while": (
+        lambda x: lax.while_loop(lambda x: x.sum() > 0, lambda x: x - 1, x),
+        (X,),
+        "body_jaxpr body_nconsts cond_jaxpr cond_nconsts",
+    ),
     "cond": (lambda i, x: lax.cond(i > 0, jnp.sin, jnp.cos, x), (I, X), "branches"),
     "remat2": (jax.checkpoint(jnp.sin), (X,), "differentiated jaxpr policy prevent_cse"),
     "custom_jvp_call": (jvp_matmul, (X, X), "call_jaxpr jvp_jaxpr_fun num_consts symbolic_zeros"),
-    "custom_vjp_call": (vjp_matmul, (X, X), "bwd call_jaxpr fwd_jaxpr_thunk num_consts out_trees symbolic_zeros"),
+    "custom_vjp_call": (
+        vjp_matmul,
+        (X, X),
+        "bwd call_jaxpr fwd_jaxpr_thunk num_consts out_trees symbolic_zeros",
+    ),
     "shard_map": (mapped, (X,), "check_vma in_specs jaxpr mesh newly_manual_axes out_specs"),
-    "dot_general": (jnp.dot, (X, X), "dimension_numbers out_sharding precision preferred_element_type"),
-    "ragged_dot_general": (lax.ragged_dot, (X, CUBE, SIZES), "group_offset out_sharding precision preferred_element_type ragged_dot_dimension_numbers"),
-    "conv_general_dilated": (lambda x, w: lax.conv(x, w, (1, 1), "SAME"), (IMAGE, IMAGE), "batch_group_count dimension_numbers feature_group_count lhs_dilation out_sharding padding precision preferred_element_type rhs_dilation window_strides"),
-    "gather": (lambda x, i: jnp.take(x, i, axis=0), (X, SIZES), "dimension_numbers fill_value indices_are_sorted mode slice_sizes unique_indices"),
+    "dot_general": (
+        jnp.dot,
+        (X, X),
+        "dimension_numbers out_sharding precision preferred_element_type",
+    ),
+    "ragged_dot_general": (
+        lax.ragged_dot,
+        (X, CUBE, SIZES),
+        ("group_offset out_sharding precision preferred_element_type ragged_dot_dimension_numbers"),
+    ),
+    "conv_general_dilated": (
+        lambda x, w: lax.conv(x, w, (1, 1), "SAME"),
+        (IMAGE, IMAGE),
+        (
+            "batch_group_count dimension_numbers feature_group_count lhs_dilation "
+            "out_sharding padding precision preferred_element_type rhs_dilation "
+            "window_strides"
+        ),
+    ),
+    "gather": (
+        lambda x, i: jnp.take(x, i, axis=0),
+        (X, SIZES),
+        "dimension_numbers fill_value indices_are_sorted mode slice_sizes unique_indices",
+    ),
     "dynamic_slice": (lambda x, i: lax.dynamic_slice_in_dim(x, i, 1), (X, I), "slice_sizes"),
     "slice": (lambda x: x[1:], (X,), "limit_indices start_indices strides"),
     "split": (lambda x: jnp.split(x, 2), (X,), "axis sizes"),
@@ -53,11 +92,15 @@ PRIMITIVES = {
     "reshape": (lambda x: x.reshape(16), (X,), "dimensions new_sizes sharding"),
     "squeeze": (lambda x: x[:1].squeeze(0), (X,), "dimensions"),
     "broadcast_in_dim": (lambda x: x[None], (X,), "broadcast_dimensions shape sharding"),
-    "convert_element_type": (lambda x: x.astype(jnp.bfloat16), (X,), "new_dtype sharding weak_type"),
+    "convert_element_type": (
+        lambda x: x.astype(jnp.bfloat16),
+        (X,),
+        "new_dtype sharding weak_type",
+    ),
     "optimization_barrier": (lambda x: lax.optimization_barrier(x), (X,), ""),
     "stop_gradient": (lax.stop_gradient, (X,), ""),
     "name": (lambda x: checkpoint_name(x, "x"), (X,), "name"),
-}  # fmt: skip
+}
 
 
 def find(jaxpr, name):

@@ -137,7 +137,8 @@ def cond():
 
 def switch():
     def fn(p, x, which):
-        return lax.switch(which, [lambda w, x, k=k: x @ (w.T if k % 2 else w) * k for k in range(3)], p["w"], x)  # fmt: skip
+        branches = [lambda w, x, k=k: x @ (w.T if k % 2 else w) * k for k in range(3)]
+        return lax.switch(which, branches, p["w"], x)
 
     return fn, one(), (X, jnp.int32(2))
 

@@ -145,7 +145,7 @@ def _gather(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         return run.decode(eqn, values, "the gather takes more than whole rows along one axis")
     axis = dims.start_index_map[0]
     try:
-        view, _ = w.view.drop(axis)
+        w.view.drop(axis)
     except LayoutError as error:
         return run.decode(eqn, values, str(error))
     whole = _atoms(w, _others(w.ndim, (axis,)))
