@@ -231,7 +231,7 @@ class Transformed:
         ]
         if not sets:
             return None
-        if any(other is not sets[0] for other in sets):
+        if any([*map(id, other)] != [*map(id, sets[0])] for other in sets):
             raise ValueError(
                 "the transforms in this chain have different calibration sets; use one"
             )
