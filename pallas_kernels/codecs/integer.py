@@ -33,7 +33,6 @@ from .grouped import (
     round_scale,
 )
 
-
 ON_GRID = 0.03  # of a step: as far as a value may be from its level to count as lying on it
 
 

@@ -1,0 +1,35 @@
+"""The main job on the real model, at a quarter of its size."""
+
+import dataclasses
+
+import pytest
+
+from stowax.experiments import rewriting, sweep
+
+
+@pytest.mark.slow
+def test_quality_of_variants(tmp_path):
+    config = sweep.Config(
+        names=("gguf", "int8", "int4-g32", "int4-g64", "int4-g64-hqq", "int4-g64-gptq"),
+        tokens=1025,
+        words=4,
+        batches=6,
+    )
+    found = {v["name"]: v for v in sweep.run(config, tmp_path).variants}
+    base = found["f16"]["perplexity"]
+    loss = {name: v["perplexity"] / base - 1 for name, v in found.items()}
+    assert abs(loss["gguf"]) < 1e-3
+    assert abs(loss["int8"]) < 0.02
+    assert abs(loss["int4-g32"]) < 0.01  # the grid of the file itself
+    assert 0.1 < loss["int4-g64"] < 0.6
+    assert loss["int4-g64-hqq"] < 0.9 * loss["int4-g64"]
+    assert loss["int4-g64-gptq"] < 0.5 * loss["int4-g64"]
+    assert found["gguf"]["weight_bytes"] == 96_576_768  # the tensors of the file
+    assert found["int4-g64"]["decode_temp_bytes"] < 4 * 134e6 / 10  # no decoded copy of the weights
+
+
+def test_rewriting_is_measured_in_every_form():
+    config = dataclasses.replace(rewriting.smollm2(layers=4), vocab_size=512)
+    rows = {form: rewriting.measure(config, form, repeats=1) for form in rewriting.FORMS}
+    assert rows["unrolled"]["equations"] > 4 * rows["scanned"]["equations"]
+    assert all(row["trace_ms"] > 0 for row in rows.values())
