@@ -16,4 +16,6 @@ def show(fast: Transformed, *args: Any, **kwargs: Any) -> None:
       **kwargs: of the call.
     """
     before, after = fast.jaxprs(*args, **kwargs)
-    print(f"before, {len(before.eqns)} equations:\n{before}\n\nafter, {len(after.eqns)} equations:\n{after}")
+    print(
+        f"before, {len(before.eqns)} equations:\n{before}\n\nafter, {len(after.eqns)} equations:\n{after}"
+    )
