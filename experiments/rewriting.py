@@ -21,6 +21,7 @@ from flax import nnx
 import stowax as sx
 from stowax import models
 from stowax.models.llama import rope_angles
+from stowax.transforms.core import Interpreter, trace
 from stowax.transforms.report import text_table
 
 LAYERS = flags.DEFINE_integer(
@@ -33,18 +34,34 @@ FORMS = ("unrolled", "jit", "scanned")
 
 def measure(config: models.LlamaConfig, form: str, repeats: int = 5) -> dict[str, Any]:
     """Median milliseconds to trace the model in a form, and to rewrite the trace; both in a warm process."""
-    forward = forward_of(config, form)
     shapes = jax.eval_shape(lambda: models.init_params(config, scan=form == "scanned"))
     tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
     transform = sx.quantize({"embed": None, "": "int4-g64"})
-    encoded = transform(forward).encode(shapes, tokens)
-    trace, both = [], []
-    for _ in range(repeats + 1):  # the first round warms up
-        trace.append(_milliseconds(forward_of(config, form), shapes, tokens))
-        both.append(_milliseconds(transform(forward_of(config, form)), encoded, tokens))
-    before, after = statistics.median(trace[1:]), statistics.median(both[1:])
-    count = len(jax.make_jaxpr(forward)(shapes, tokens).eqns)
-    return {"form": form, "equations": count, "trace_ms": before, "rewrite_ms": after - before}
+    encoded = transform(forward_of(config, form)).encode(shapes, tokens)
+    times = [_trace_and_rewrite(config, form, encoded, tokens) for _ in range(repeats + 1)]
+    traced, rewritten, count = zip(*times[1:])  # the first round warms up
+    return {
+        "form": form,
+        "equations": count[0],
+        "trace_ms": statistics.median(traced),
+        "rewrite_ms": statistics.median(rewritten),
+    }
+
+
+def _trace_and_rewrite(
+    config: models.LlamaConfig, form: str, encoded: Any, tokens: Any
+) -> tuple[float, float, int]:
+    forward = forward_of(config, form)
+    start = time.perf_counter()
+    program = trace(forward, (encoded, tokens), {}, (0,))
+    traced = time.perf_counter()
+
+    def rewritten(*leaves: Any) -> list[Any]:
+        return Interpreter(strict=True).run_arrays(None, program.jaxpr, leaves)
+
+    jax.make_jaxpr(rewritten)(*program.leaves)
+    end = time.perf_counter()
+    return 1e3 * (traced - start), 1e3 * (end - traced), len(program.jaxpr.eqns)
 
 
 def forward_of(config: models.LlamaConfig, form: str) -> Callable[..., jax.Array]:
@@ -71,12 +88,6 @@ def _jit_layers(config: models.LlamaConfig) -> Callable[..., jax.Array]:
         return model.logits(model.final_norm(x))
 
     return forward
-
-
-def _milliseconds(fn: Callable[..., Any], *args: Any) -> float:
-    start = time.perf_counter()
-    jax.make_jaxpr(fn)(*args)
-    return 1e3 * (time.perf_counter() - start)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -99,25 +99,41 @@ def require_groups(solver: str, codec: Codec) -> GroupCodec:
     return codec
 
 
-def errors(w: jax.Array, codec: Codec, parts: Parts, hessian: jax.Array | None) -> Info:
-    """The errors every solver reports (see `Solved.info`)."""
-    found = _errors(w, parts, hessian, codec=codec)
+def errors(
+    w: jax.Array,
+    codec: Codec,
+    parts: Parts,
+    hessian: jax.Array | None,
+    *,
+    output: jax.Array | None = None,
+) -> Info:
+    """The errors every solver reports (see `Solved.info`); `output` is `energy(w, hessian)`, if known."""
+    if hessian is not None and output is None:
+        output = energy(w, hessian)
+    found = _errors(w, parts, hessian, output, codec=codec)
     return {name: float(value) for name, value in found.items()}
+
+
+@jax.jit
+def energy(x: jax.Array, hessian: jax.Array) -> jax.Array:
+    """`tr(X H X^T)`, what `X` adds to the output."""
+    return jnp.vdot(jnp.matmul(x, hessian, precision=jax.lax.Precision.HIGHEST), x)
 
 
 @functools.partial(jax.jit, static_argnames="codec")
 def _errors(
-    w: jax.Array, parts: Parts, hessian: jax.Array | None, *, codec: Codec
+    w: jax.Array,
+    parts: Parts,
+    hessian: jax.Array | None,
+    output: jax.Array | None,
+    *,
+    codec: Codec,
 ) -> dict[str, jax.Array]:
     tiny = jnp.finfo(jnp.float32).tiny
     error = w - codec.decode(parts, w.shape[-1])
     found = {"weight_error": jnp.linalg.norm(error) / jnp.maximum(jnp.linalg.norm(w), tiny)}
     if hessian is not None:
-
-        def energy(x: jax.Array) -> jax.Array:
-            return jnp.vdot(jnp.matmul(x, hessian, precision=jax.lax.Precision.HIGHEST), x)
-
-        found["output_error"] = energy(error) / jnp.maximum(energy(w), tiny)
+        found["output_error"] = energy(error, hessian) / jnp.maximum(output, tiny)
     return found
 
 

@@ -31,10 +31,10 @@ import jax.numpy as jnp
 
 from stowax.pallas_kernels.codecs import Codec, GroupCodec, Params, Parts
 
-from .base import Solved, Solver, check_inputs, encode, errors, require_groups
+from .base import Solved, Solver, check_inputs, encode, energy, errors, require_groups
 from .clip import ClipSearch, fit_clipped, group_weights
 
-CLIP = ClipSearch(steps=30, p=2.4, refit=20)
+CLIP = ClipSearch(steps=16, p=2.0, refit=10)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,8 @@ class GPTQ(Solver):
                 'inputs; pass it, or use a solver that needs no data: "round", "clip" or "hqq".'
             )
         rounded = encode(w, codec=codec)
-        rounded_info = errors(w, codec, rounded, hessian)
+        output = energy(w, hessian)
+        rounded_info = errors(w, codec, rounded, hessian, output=output)
         info = {"rounding_output_error": rounded_info["output_error"]}
         info["dead"] = float(jnp.sum(jnp.diagonal(hessian) <= 0))
 
@@ -87,7 +88,7 @@ class GPTQ(Solver):
             block=self.block,
             clip=self.clip,
         )
-        info |= errors(w, codec, parts, hessian)
+        info |= errors(w, codec, parts, hessian, output=output)
         if not float(info["output_error"]) <= float(rounded_info["output_error"]):
             reason = "rounding has the smaller output error"
             return Solved(rounded, info | rounded_info | {"fallback": "round", "reason": reason})
