@@ -11,7 +11,7 @@ from absl import app, flags
 
 from stowax.models import Sampling, generate
 
-from . import measure, sweep, texts, variants
+from . import sweep, texts, variants
 from .results import write_json
 
 _DEFAULT = sweep.Config()
@@ -20,7 +20,7 @@ MODEL = flags.DEFINE_string(
     "model", _DEFAULT.model, "GGUF file, Hugging Face directory, or smollm2."
 )
 VARIANT = flags.DEFINE_string("variant", "int4-g64", "Codec, then solver; f16 for the baseline.")
-PROMPT = flags.DEFINE_string("prompt", measure.PROMPT, "What the user says.")
+PROMPT = flags.DEFINE_string("prompt", "What does a compiler do?", "What the user says.")
 WORDS = flags.DEFINE_integer("words", 64, "Tokens to generate.", lower_bound=2)
 TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.0, "0 takes the likeliest token.", lower_bound=0.0

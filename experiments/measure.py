@@ -13,8 +13,8 @@ from stowax.models import Model, perplexity
 
 from .variants import Variant, linear_bits
 
-CACHE = 128  # tokens that fit in the cache of a measured decode step
-PROMPT = "Explain in two sentences what a compiler does."
+CACHE = 128  # tokens that fit in the cache of the measured decode step
+PROMPT = "The main purpose of a compiler is to"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Figures:
       tokens_per_s: of greedy decoding, batch 1, compilation left out.
       decode_temp_bytes: XLA's temporaries of one decode step: what is decoded at a time, and activations.
       decode_peak_bytes: arguments, outputs and temporaries of that step.
-      text: a greedy answer to `PROMPT`.
+      text: how the model goes on from `PROMPT`.
       seconds: what making and measuring the variant took.
     """
 
@@ -81,11 +81,9 @@ def compile_step(model: Model, variant: Variant) -> jax.stages.Compiled:
 def speak(
     model: Model, variant: Variant, step: jax.stages.Compiled, words: int
 ) -> tuple[str, float]:
-    """The greedy answer to `PROMPT`, and tokens per second, everything a token at a time."""
+    """How the model goes on from `PROMPT`, greedily, and tokens per second, everything a token at a time."""
     assert model.tokenizer is not None
-    prompt = model.tokenizer.encode(
-        model.tokenizer.apply_chat([{"role": "user", "content": PROMPT}])
-    )
+    prompt = model.tokenizer.encode(PROMPT)
     cache = model.init_cache(1, CACHE)
     for token in prompt:
         logits, cache = step(variant.params, jnp.full((1, 1), token, jnp.int32), cache)

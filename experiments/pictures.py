@@ -47,7 +47,9 @@ def texts(variants: Sequence[Variant], prompt: str) -> str:
         f"<tr><td>{html.escape(v['name'])}</td><td class=text>{html.escape(v['text'])}</td></tr>"
         for v in variants
     )
-    return f"<table><caption>greedy answers to “{html.escape(prompt)}”</caption>{rows}</table>"
+    return (
+        f"<table><caption>going on from “{html.escape(prompt)}”, greedily</caption>{rows}</table>"
+    )
 
 
 def quality_over_bytes(variants: Sequence[Variant], baseline: str) -> str:
@@ -55,11 +57,12 @@ def quality_over_bytes(variants: Sequence[Variant], baseline: str) -> str:
     base = next(v for v in variants if v["name"] == baseline)["perplexity"]
     figure, axes = plt.subplots(figsize=(9, 5))
     axes.axhline(base, color="#888", lw=1, ls="--")
-    axes.annotate(baseline, (1, base), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    for i, v in enumerate(v for v in variants if v["name"] != baseline):
+    axes.annotate(baseline, (0.01, base), xycoords=("axes fraction", "data"), va="bottom")
+    others = sorted((v for v in variants if v["name"] != baseline), key=lambda v: v["weight_bytes"])
+    for i, v in enumerate(others):
         x, y = v["weight_bytes"] / 1e6, v["perplexity"]
         axes.scatter(x, y, s=45, color=f"C{i % 10}", zorder=3)
-        axes.annotate(v["name"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9)
+        axes.annotate(v["name"], (x, y), xytext=(6, 4 - 14 * (i % 2)), textcoords="offset points")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")

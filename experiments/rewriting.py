@@ -32,7 +32,7 @@ HEADER = ("layers", "equations", "trace ms", "rewrite ms")
 FORMS = ("unrolled", "jit", "scanned")
 
 
-def measure(config: models.LlamaConfig, form: str, repeats: int = 5) -> dict[str, Any]:
+def measure(config: models.LlamaConfig, form: str, repeats: int = 3) -> dict[str, Any]:
     """Median milliseconds to trace the model in a form, and to rewrite the trace; both in a warm process."""
     shapes = jax.eval_shape(lambda: models.init_params(config, scan=form == "scanned"))
     tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)

@@ -48,7 +48,7 @@ class Config:
     text: str = "technical"
     tokens: int = 4097
     window: int = 1025
-    words: int = 32
+    words: int = 24
     calibration: str = "calibration"
     batches: int = 16
     length: int = 256
