@@ -62,7 +62,9 @@ def quality_over_bytes(variants: Sequence[Variant], baseline: str) -> str:
     for i, v in enumerate(others):
         x, y = v["weight_bytes"] / 1e6, v["perplexity"]
         axes.scatter(x, y, s=45, color=f"C{i % 10}", zorder=3)
-        axes.annotate(v["name"], (x, y), xytext=(6, 4 - 14 * (i % 2)), textcoords="offset points")
+        side = 1 if i % 2 == 0 else -1  # labels in turn right above and left below
+        options = {"xytext": (6 * side, 9 * side), "ha": "left" if side > 0 else "right"}
+        axes.annotate(v["name"], (x, y), textcoords="offset points", va="center", **options)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
