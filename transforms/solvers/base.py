@@ -132,7 +132,7 @@ def _errors(
     tiny = jnp.finfo(jnp.float32).tiny
     error = w - codec.decode(parts, w.shape[-1])
     found = {"weight_error": jnp.linalg.norm(error) / jnp.maximum(jnp.linalg.norm(w), tiny)}
-    if hessian is not None:
+    if hessian is not None and output is not None:
         found["output_error"] = energy(error, hessian) / jnp.maximum(output, tiny)
     return found
 
