@@ -18,6 +18,7 @@ from .gguf_legacy import Q8_0 as Q8_0
 from .grouped import GroupCodec as GroupCodec
 from .grouped import Params as Params
 from .integer import Int as Int
+from .lloyd_max import LloydMax as LloydMax
 from .mx import Mx as Mx
 from .nf4 import NF4 as NF4
 from .nvfp4 import Nvfp4 as Nvfp4
@@ -27,6 +28,12 @@ from .packed import pack as pack
 from .packing import pack_bits as pack_bits
 from .packing import packed_bytes as packed_bytes
 from .packing import unpack_bits as unpack_bits
+from .rows import PerChannel as PerChannel
+from .rows import PerToken as PerToken
+from .rows import RowCodec as RowCodec
+from .rows import hadamard as hadamard
+from .rows import per_channel as per_channel
+from .rows import per_token as per_token
 from .table import get as get
 from .table import names as names
 from .view import LayoutError as LayoutError

@@ -17,6 +17,7 @@ from .fp8 import Fp8
 from .gguf_k import Q4_K, Q5_K, Q6_K
 from .gguf_legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from .integer import Int
+from .lloyd_max import LEVELS, LloydMax
 from .mx import Mx
 from .nf4 import NF4
 from .nvfp4 import Nvfp4
@@ -27,6 +28,7 @@ CODECS: dict[str, tuple[type[Codec], dict[str, object], tuple[str, ...]]] = {
     "int1": (Int, {"bits": 1}, ("", "-g64", "-g32-asym")),
     "int4": (Int, {"bits": 4}, ("", "-g32", "-g64", "-g128-sym", "-tensor", "-g64-bf16")),
     "int8": (Int, {"bits": 8}, ("", "-g64", "-g128-asym", "-tensor", "-f32")),
+    **{f"lm{bits}": (LloydMax, {"bits": bits}, ("-g32",)) for bits in LEVELS},
     "nf4": (NF4, {}, ("", "-g64", "-tensor-f32")),
     "fp8_e4m3": (Fp8, {"element": "e4m3"}, ("", "-g128", "-tensor")),
     "fp8_e5m2": (Fp8, {"element": "e5m2"}, ("", "-g32-bf16")),
@@ -45,6 +47,7 @@ ALIASES = {"float32": "f32", "fp32": "f32", "float16": "f16", "fp16": "f16", "bf
 
 FORMS = (
     "int<1-8>[-g<N>|-tensor][-sym|-asym][-f32|-bf16] (also w<1-8>[g<N>])",
+    "lm<1-4>[-g<N>][-f32|-bf16]",
     "nf4[-g<N>|-tensor][-f32|-bf16]",
     "fp8_e4m3, fp8_e5m2, each [-g<N>|-tensor][-f16|-bf16]",
     "mxfp4, mxfp8_e4m3, mxfp8_e5m2, nvfp4",

@@ -1,0 +1,160 @@
+"""A store with a slot for every position of the program's cache: only how rows are stored changes.
+
+New rows are encoded and written when they come. Beside the codes there may be two small buffers in the cache's own
+dtype: the first `sinks` positions, and the newest `residual` rows, which stand before the codes when the cache is
+read. Since a row is always written through, positions may come in any order, be written twice, wrap around, or differ
+over the batch. A codec that encodes tokens in blocks encodes a block again whenever one of its rows is new; the rows
+of an unfinished block are all in the residual, so that no row is ever read that was encoded twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .method import Method
+from .spec import Group
+
+Arrays = dict[str, Any]
+
+
+def padded(method: Method, group: Group) -> int:
+    """Slots: the cache's length, up to whole blocks."""
+    return -(-group.length // method.block) * method.block
+
+
+def init(method: Method, group: Group) -> Arrays:
+    """Shapes of the buffers for one entry of the stack and of the batch."""
+    slots, k = padded(method, group), group.heads
+    residual = min(method.residual, group.length)
+    arrays: Arrays = {"main": [], "recent": [], "sinks": []}
+    for s in group.streams:
+        codec = method.codec(s.role, s.dtype)
+        arrays["main"].append(codec.part_shapes((k, slots, s.width)))
+        row = lambda n, s=s: jax.ShapeDtypeStruct((k, n, s.width), jnp.dtype(s.dtype))
+        arrays["recent"].append(row(residual))
+        arrays["sinks"].append(row(min(method.sinks, group.length)))
+    arrays["recent_at"] = jax.ShapeDtypeStruct((residual,), jnp.int32)
+    arrays["count"] = jax.ShapeDtypeStruct((), jnp.int32)
+    return arrays
+
+
+def empty(shapes: Arrays) -> Arrays:
+    """Zeros, and no recent row."""
+    arrays = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return arrays | {"recent_at": arrays["recent_at"] - 1}
+
+
+def rows(method: Method, group: Group, arrays: Arrays) -> list[jax.Array]:
+    """What the cache holds: for each stream ``[K, S, D]``."""
+    out = []
+    at = jnp.where(arrays["recent_at"] < 0, padded(method, group), arrays["recent_at"])
+    for i, s in enumerate(group.streams):
+        codec = method.codec(s.role, s.dtype)
+        x = codec.decode(arrays["main"][i], s.width).astype(s.dtype)
+        sinks = arrays["sinks"][i]
+        if sinks.shape[1]:
+            x = x.at[:, : sinks.shape[1]].set(sinks)
+        if at.size:
+            x = x.at[:, at].set(arrays["recent"][i], mode="drop")
+        out.append(x)
+    return out
+
+
+def place(kept: Sequence[jax.Array], new: Sequence[jax.Array], at: Any, how: str) -> list[jax.Array]:
+    """The rows of a cache with new rows in their places.
+
+    Args:
+      kept: ``[K, S, D]`` for each stream.
+      new: ``[K, T, D]``.
+      at: positions ``int32[T]``; S or more for rows to drop.
+      how: "run" (consecutive positions), "any", or "roll" (the cache moves down by T).
+    """
+    out = []
+    for x, y in zip(kept, new):
+        if how == "roll":
+            out.append(jnp.concatenate([x[:, y.shape[1] :], y], axis=1))
+        elif how == "run":
+            out.append(jax.lax.dynamic_update_slice(x, y, (0, at[0], 0)))
+        else:
+            out.append(x.at[:, at].set(y, mode="drop"))
+    return out
+
+
+def absorb(
+    method: Method,
+    group: Group,
+    arrays: Arrays,
+    placed: Sequence[jax.Array],
+    new: Sequence[jax.Array],
+    at: jax.Array,
+    how: str,
+) -> Arrays:
+    """The buffers after new rows; `placed` are the rows of the cache with them."""
+    out = dict(arrays, main=[], recent=[], sinks=[])
+    for i, s in enumerate(group.streams):
+        codec = method.codec(s.role, s.dtype)
+        write = _write_tokens if codec.block == 1 else _write_blocks
+        main = write(codec, arrays["main"][i], placed[i], new[i], at, how)
+        out["main"].append(main)
+        sinks = arrays["sinks"][i]
+        out["sinks"].append(placed[i][:, : sinks.shape[1]] if sinks.shape[1] else sinks)
+    return out | _recent(arrays, new, at, how)
+
+
+def _write_tokens(codec: Any, parts: Any, placed: Any, new: Any, at: Any, how: str) -> Any:
+    codes = codec.encode(new.astype(jnp.float32))
+
+    def write(old: jax.Array, part: jax.Array) -> jax.Array:
+        if how == "roll":
+            return jnp.concatenate([old[:, part.shape[1] :], part], axis=1)
+        if how == "run":
+            return jax.lax.dynamic_update_slice(old, part, (0, at[0], *(0,) * (old.ndim - 2)))
+        return old.at[:, at].set(part, mode="drop")
+
+    return jax.tree.map(write, parts, codes)
+
+
+def _write_blocks(codec: Any, parts: Any, placed: Any, new: Any, at: Any, how: str) -> Any:
+    """Encodes the blocks that have new rows again."""
+    n = codec.block
+    blocks = jax.tree.leaves(parts)[0].shape[1]
+    pad = blocks * n - placed.shape[1]
+    x = jnp.pad(placed, ((0, 0), (0, pad), (0, 0))) if pad else placed
+    if how == "run":
+        count = min((new.shape[1] + n - 2) // n + 1, blocks)
+        first = jnp.minimum(at[0] // n, blocks - count)
+        rows = jax.lax.dynamic_slice_in_dim(x, first * n, count * n, axis=1)
+        codes = codec.encode(rows.astype(jnp.float32))
+        return jax.tree.map(
+            lambda old, c: jax.lax.dynamic_update_slice_in_dim(old, c, first, axis=1), parts, codes
+        )
+
+    def one(t: Any, parts: Any) -> Any:
+        block = jnp.clip(at[t] // n, 0, blocks - 1)
+        rows = jax.lax.dynamic_slice_in_dim(x, block * n, n, axis=1)
+        codes = codec.encode(rows.astype(jnp.float32))
+        return jax.tree.map(
+            lambda old, c: jax.lax.dynamic_update_slice_in_dim(old, c, block, axis=1), parts, codes
+        )
+
+    return jax.lax.fori_loop(0, new.shape[1], one, parts)
+
+
+def _recent(arrays: Arrays, new: Sequence[jax.Array], at: jax.Array, how: str) -> Arrays:
+    """The newest rows: a ring in the order in which they came."""
+    labels, total = arrays["recent_at"], new[0].shape[1]
+    size = labels.shape[0]
+    if not size:
+        return {"recent": arrays["recent"], "recent_at": labels, "count": arrays["count"] + total}
+    if how == "roll":
+        labels = jnp.where(labels < total, -1, labels - total)
+    labels = jnp.where(jnp.any(labels[:, None] == at[None], axis=1), -1, labels)
+    n = min(total, size)
+    slot = (arrays["count"] + total - n + jnp.arange(n, dtype=jnp.int32)) % size
+    recent = [x.at[:, slot].set(y[:, total - n :]) for x, y in zip(arrays["recent"], new)]
+    labels = labels.at[slot].set(at[total - n :])
+    return {"recent": recent, "recent_at": labels, "count": arrays["count"] + total}

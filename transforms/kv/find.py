@@ -1,0 +1,201 @@
+"""What a program does with its caches: groups, attentions, and what was refused and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..core import compat
+from ..core.program import Program, is_packed
+from .expr import Cell, Node, is_node, is_rooted, shape_of, walk
+from .match import Attention, Read, reads_of
+from .rewrite import DONE, CacheRun, Store, Unfit
+from .spec import Group, Refused, Site, Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Caches:
+    """The caches of a program.
+
+    Attributes:
+      groups: what can be compressed.
+      sites: every attention over a cache.
+      refused: the other leaves of the caches, with reasons.
+      outputs: for each leaf of a group, its place among the program's results.
+      escapes: names of groups whose attention weights are used outside the attention.
+    """
+
+    groups: tuple[Group, ...]
+    sites: tuple[Site, ...]
+    refused: tuple[Refused, ...]
+    outputs: dict[str, int]
+    escapes: frozenset[str]
+
+    def group_of(self, leaf: str) -> Group | None:
+        return next((g for g in self.groups for name, _, _ in g.leaves if name == leaf), None)
+
+
+class Probe(CacheRun):
+    """Records attentions; nothing is computed."""
+
+    def __init__(self) -> None:
+        super().__init__(strict=False)
+        self.groups: dict[frozenset[str], Group] = {}
+        self.sites: list[Site] = []
+        self.escapes: set[str] = set()
+
+    def attention(self, found: Attention) -> jax.Array:
+        group = _group(found)
+        key = frozenset(name for name, _, _ in group.leaves)
+        for other in self.groups:
+            if other != key and other & key:
+                raise Unfit(sorted(key), "attentions read it together with different caches")
+        known = self.groups.setdefault(key, group)
+        if known != group:
+            raise Unfit(sorted(key), "attentions read it in different layouts")
+        mask = "array" if _has_array_mask(self, found) else "structured"
+        where = compat.where(found.eqn)
+        self.sites.append(Site(group.name, where, found.rows, found.describe(), mask))
+        for read in found.reads:
+            read.cell.store.opened = found
+        aval: Any = found.eqn.outvars[0].aval
+        return jnp.zeros(aval.shape, aval.dtype)
+
+    def view_array(self, node: Node, eqn: Any = None, reason: str = "") -> jax.Array:
+        assert node.view is not None
+        cell = node.view.cell
+        if cell.store.opened is None or not reason:
+            op = f"`{eqn.primitive.name}`: " if eqn is not None else ""
+            raise Unfit([cell.name], op + (reason or "it is used as an array"), "")
+        self.escapes.add(cell.name)
+        return jnp.zeros(node.shape, node.dtype)
+
+
+def find(program: Program, names: Sequence[str]) -> Caches:
+    """Looks at the leaves `names` of a program (one for each traced leaf, "" for no cache)."""
+    refused: dict[str, str] = {}
+    while True:
+        probe = Probe()
+        try:
+            outputs = _probe(probe, program, names, refused)
+        except Unfit as error:
+            new = [leaf for leaf in error.leaves if leaf not in refused]
+            assert new, str(error)
+            refused.update(dict.fromkeys(new, error.reason))
+            continue
+        lost = _check(probe, outputs, refused)
+        if not lost:
+            break
+        refused.update(lost)
+    grouped = {name for group in probe.groups.values() for name, _, _ in group.leaves}
+    for leaf, name in zip(program.leaves, names):
+        if name and can_hold_rows(leaf) and name not in grouped and name not in refused:
+            why = "no attention reads it" if name in outputs else "it is never updated and returned"
+            refused[name] = why
+    return Caches(
+        tuple(probe.groups.values()),
+        tuple(probe.sites),
+        tuple(Refused(leaf, why) for leaf, why in refused.items()),
+        {leaf: i for leaf, i in outputs.items() if leaf in grouped},
+        frozenset(probe.escapes),
+    )
+
+
+def _check(probe: Probe, outputs: dict[str, int], refused: dict[str, str]) -> dict[str, str]:
+    """Leaves of groups that are not returned whole."""
+    lost = {}
+    for group in probe.groups.values():
+        for leaf, _, _ in group.leaves:
+            if leaf not in outputs and leaf not in refused:
+                why = "the updated cache is not a result of the program"
+                lost.update({name: why for name, _, _ in group.leaves})
+    return lost
+
+
+def _probe(
+    probe: Probe, program: Program, names: Sequence[str], refused: dict[str, str]
+) -> dict[str, int]:
+    cells: dict[str, Cell] = {}
+    plain: list[int] = []
+    for i, (leaf, name) in enumerate(zip(program.leaves, names)):
+        if name and name not in refused and can_hold_rows(leaf):
+            cells[name] = Cell(name, leaf.shape, leaf.dtype, (), Store())
+        else:
+            plain.append(i)
+    outputs: dict[str, int] = {}
+
+    def run(arrays: list[Any]) -> None:
+        given = dict(zip(plain, arrays))
+        values = [
+            given[i] if i in given else cells[name].node() for i, name in enumerate(names)
+        ]
+        for j, value in enumerate(probe.run(program.jaxpr, values)):
+            cell = probe.whole(value)
+            if cell is not None and (value.view.writes or cell.store.opened is not None):
+                if cell.name in outputs:
+                    raise Unfit([cell.name], "the program returns it twice")
+                outputs[cell.name] = j
+            elif is_rooted(value) and value.view is not None and cell is None:
+                raise Unfit([value.view.cell.name], "a part of it is a result of the program")
+            elif is_rooted(value) and cell is None:
+                probe.array(value, None, "it is a result of the program")
+
+    jax.eval_shape(run, [program.leaves[i] for i in plain])
+    return outputs
+
+
+def can_hold_rows(leaf: Any) -> bool:
+    return (
+        not is_packed(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating) and len(leaf.shape) >= 2
+    )
+
+
+def _group(found: Attention) -> Group:
+    first = found.reads[0].cell
+    stack = first.stack + ((found.index[0],) if found.index is not None else ())
+    order = {"key": 0, "both": 1, "value": 2}
+    reads = sorted(found.reads, key=lambda r: (order[r.role], r.cell.name, r.part))
+    cells = {r.cell.name: r.cell for r in reads}
+    leaves = tuple((c.name, c.stack + c.shape, c.dtype.name) for c in cells.values())
+    read = reads[0]
+    streams = dict.fromkeys(map(_stream, reads))
+    grows = found.start == "grow" if isinstance(found.start, str) else False
+    length = found.length - (found.rows if grows else 0)
+    return Group(leaves, tuple(streams), stack, read.batch, read.heads, length, grows)
+
+
+def _stream(read: Read) -> Stream:
+    part = tuple((axis + len(read.cell.stack), s, n) for axis, s, n in read.part)
+    return Stream(read.cell.name, part, read.role, read.width, read.cell.dtype.name)
+
+
+def stream_key(read: Read) -> Stream:
+    return _stream(read)
+
+
+def _has_array_mask(run: CacheRun, found: Attention) -> bool:
+    """Whether anything but positions has an entry for each token of the cache."""
+    stop = {id(r.node) for r in found.reads}
+    todo, seen = list(found.operands), set(stop)
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        for v in node.inputs:
+            if is_rooted(v):
+                todo.append(v)
+            elif is_node(v):
+                leaves = [x for n in walk(v) for x in n.inputs if not is_node(x)]
+                if any(found.length in shape_of(x) for x in leaves):
+                    return True
+            elif found.length in shape_of(v) and node.op != "dot_general":
+                return True
+    return False
+
+
+__all__ = ["DONE", "Caches", "Probe", "find", "reads_of"]

@@ -1,0 +1,58 @@
+"""A KV method: which tokens are kept, and how their rows are stored."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from stowax.pallas_kernels.codecs import RowCodec, per_token
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One point in selector x codec (x merge x tier).
+
+    Attributes:
+      name: for reports.
+      key, value: how rows of keys and values are stored. None keeps the cache's own dtype.
+      residual: the newest tokens, kept in the cache's own dtype (KIVI's R). At least a block of the codecs.
+      sinks: the first tokens, kept in the cache's own dtype.
+      selector: which tokens are kept; None for all.
+      paper: where the method is from.
+    """
+
+    name: str = "full"
+    key: RowCodec | None = None
+    value: RowCodec | None = None
+    residual: int = 0
+    sinks: int = 0
+    selector: Any = None
+    paper: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("residual", "sinks"):
+            n = getattr(self, field)
+            if not isinstance(n, int) or n < 0:
+                raise ValueError(f"`{field}` is {n!r}; expected a number of tokens, 0 or more")
+        if 0 < self.block - 1 and self.residual < self.block:
+            raise ValueError(
+                f"`residual` is {self.residual}, but {self.name!r} encodes {self.block} tokens together: "
+                f"keep at least the newest {self.block} tokens unencoded"
+            )
+        if self.selector is not None and self.block > 1:
+            raise ValueError(
+                f"`selector` evicts single tokens, but {self.name!r} encodes {self.block} tokens together: "
+                "use a codec per token, such as `per_token('int4-g32', rotate=True)`"
+            )
+
+    @property
+    def block(self) -> int:
+        return max((c.block for c in (self.key, self.value) if c is not None), default=1)
+
+    def codec(self, role: str, dtype: str) -> RowCodec:
+        """The codec of a stream; "both" (latent attention) is stored as keys are."""
+        chosen = self.value if role == "value" else self.key
+        return chosen if chosen is not None else per_token(_SHORT.get(dtype, dtype))
+
+
+_SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}

@@ -1,0 +1,463 @@
+"""The interpreter that follows caches through a program.
+
+`CacheRun` evaluates a jaxpr with caches held as deferred values (`expr.Node`). Where an attention is complete, `attention`
+is called; where a cache leaves the program, its store takes its place. The two users are `Probe`, which only records
+what is there (`find.py`), and `Emit`, which puts compressed caches in (`emit.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from stowax.pallas_kernels.codecs import LayoutError
+
+from ..core import compat
+from ..core.interpret import Interpreter, Recorder
+from ..core.program import is_packed
+from .axes import same_axes
+from .defer import Deferral, Scalar, literal
+from .expr import Cell, Node, View, Write, is_node, is_rooted, shape_of
+from .match import Attention, match, reads_of
+
+DONE = Write("done", (), None, (), View(None))  # type: ignore[arg-type]
+
+
+class Unfit(Exception):
+    """A leaf can't be compressed: the program does something with it that has no compressed form."""
+
+    def __init__(self, leaves: Sequence[str], reason: str, where: str = ""):
+        super().__init__(f"{', '.join(leaves)}: {reason}")
+        self.leaves, self.reason, self.where = tuple(leaves), reason, where
+
+
+class Store:
+    """What holds the rows of a group of cells; `arrays` is its state in this scope."""
+
+    def __init__(self, arrays: Any = (), group: Any = None):
+        self.arrays, self.group = arrays, group
+        self.opened: Any = None
+
+
+class CacheRun(Interpreter, Deferral):
+    """See the module."""
+
+    def __init__(self, *, strict: bool, recorder: Recorder | None = None):
+        Interpreter.__init__(self, strict=strict, recorder=recorder)
+        Deferral.__init__(self)
+        self.scopes: list[dict[int, tuple[Node, Any]]] = [{}]
+        self.origin: dict[int, tuple[Any, str, tuple[Any, ...]]] = {}
+
+    # what the two users do differently
+
+    def attention(self, found: Attention) -> jax.Array:
+        raise NotImplementedError
+
+    def view_array(self, node: Node) -> jax.Array:
+        raise NotImplementedError
+
+    def close(self, store: Store) -> None:
+        """Carries out what is pending on a store."""
+
+    # evaluation
+
+    def step(self, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+        name = eqn.primitive.name
+        if not any(map(is_node, values)):
+            return self._plain(eqn, values, name)
+        if name in CONTROL:
+            with compat.scope(eqn):
+                return CONTROL[name](self, eqn, values)
+        if name == "dot_general" and all(map(is_rooted, values)):
+            with compat.scope(eqn):
+                return [self._attention(eqn, values)]
+        try:
+            if any(map(is_packed, values)):
+                raise LayoutError("it meets a packed weight")
+            return self.nodes(eqn, values)
+        except LayoutError as error:
+            return super().step(eqn, [self.array(v, eqn, str(error)) if is_node(v) else v for v in values])
+
+    def _plain(self, eqn: compat.Eqn, values: list[Any], name: str) -> list[Any]:
+        if name == "iota":
+            aval: Any = eqn.outvars[0].aval
+            return [Node(tuple(aval.shape), aval.dtype, eqn)]
+        if name == "broadcast_in_dim" and not np.shape(values[0]) and not is_packed(values[0]):
+            return self.nodes(eqn, values)
+        if name in ("jit", "pjit") and all(_is_index(v.aval) for v in eqn.outvars):
+            return self.run(eqn.params["jaxpr"], values)
+        out = super().step(eqn, values)
+        for var, value in zip(eqn.outvars, out):
+            if _is_index(var.aval) and not var.aval.shape:
+                params = tuple(sorted((k, str(v)) for k, v in eqn.params.items()))
+                self.origin[id(value)] = (value, name + str(params), tuple(values))
+        return out
+
+    def _attention(self, eqn: compat.Eqn, values: list[Any]) -> jax.Array:
+        try:
+            found = match(self, eqn, values)
+        except LayoutError as error:
+            names = [n.view.cell.name for v in values for n in reads_of(v)]
+            raise Unfit(list(dict.fromkeys(names)), str(error), compat.where(eqn)) from None
+        return self.attention(found)
+
+    def array(self, value: Any, eqn: compat.Eqn | None = None, reason: str = "") -> Any:
+        """A deferred value, computed; a packed one, decoded."""
+        if isinstance(value, Scalar):
+            return self.array(value.value).reshape(())
+        if not is_node(value):
+            return Interpreter.array(self, value, eqn, reason)
+        known = self.scopes[-1].get(id(value))
+        if known is not None:
+            return known[1]
+        if value.view is not None:
+            out = self.view_array(value, eqn, reason)
+        else:
+            assert value.eqn is not None
+            inputs = [self.array(v, eqn, reason) for v in value.inputs]
+            out = compat.bind(value.eqn, inputs)[value.out]
+        self.scopes[-1][id(value)] = value, out
+        return out
+
+    def same(self, a: Any, b: Any) -> bool:
+        """Whether two indices are certainly equal."""
+        if a is b:
+            return True
+        if isinstance(a, Scalar) or isinstance(b, Scalar):
+            return self.same(_unwrap(a), _unwrap(b))
+        x, y = literal(a), literal(b)
+        if x is not None or y is not None:
+            return x == y
+        if isinstance(a, (tuple, str)) or isinstance(b, (tuple, str)):
+            return a == b
+        p, q = self._made_by(a), self._made_by(b)
+        if p is None or q is None or p[0] != q[0] or len(p[1]) != len(q[1]):
+            return _equal_constants(a, b)
+        return all(self.same(v, w) for v, w in zip(p[1], q[1]))
+
+    def _made_by(self, x: Any) -> tuple[str, tuple[Any, ...]] | None:
+        if is_node(x) and x.eqn is not None:
+            params = tuple(sorted((k, str(v)) for k, v in x.eqn.params.items()))
+            return f"{x.op}{params}{x.out}", x.inputs
+        known = self.origin.get(id(x))
+        return None if known is None else known[1:]
+
+    # scopes
+
+    def whole(self, value: Any) -> Cell | None:
+        """The cell that a value is the whole of, in its own layout."""
+        if not is_rooted(value) or value.view is None:
+            return None
+        view: View = value.view
+        cell = view.cell
+        mine, theirs = self.axes.labels(value.labels), self.axes.labels(cell.labels)
+        grown = {w.grown for w in view.writes if w.grown is not None}
+        fits = len(mine) == len(theirs) and all(
+            a == b or (len(a) == 1 and a[0] in grown) for a, b in zip(mine, theirs)
+        )
+        return cell if fits and not view.fixed and not view.subs else None
+
+    def taken(self, value: Any) -> Cell | None:
+        """The cell that goes into an inner program whole, nothing pending on it."""
+        cell = self.whole(value)
+        if cell is None or any(w is not DONE for w in value.view.writes):
+            return None
+        return cell
+
+    def refuse(self, value: Any, eqn: compat.Eqn, reason: str) -> None:
+        names = [n.view.cell.name for n in reads_of(value)]
+        raise Unfit(list(dict.fromkeys(names)), reason, compat.where(eqn))
+
+    def enter(self, stores: Sequence[Store], arrays: Any) -> None:
+        self.scopes.append({})
+        for store, state in zip(stores, arrays):
+            store.arrays, store.opened = state, None
+
+    def leave(self, stores: Sequence[Store]) -> list[Any]:
+        for store in stores:
+            self.close(store)
+        self.scopes.pop()
+        return [store.arrays for store in stores]
+
+    def results(self, eqn: compat.Eqn, out: Sequence[Any]) -> tuple[list[Any], list[Cell | None]]:
+        """Results of an inner program: arrays, and the cells that some of them are."""
+        arrays, cells = [], []
+        for value in out:
+            cell = self.whole(value)
+            if cell is None and is_rooted(value) and value.view is not None:
+                self.refuse(value, eqn, f"a part of it is a result of `{eqn.primitive.name}`")
+            cells.append(cell if cell is not None else None)
+            arrays.append(() if cell is not None else self.array(value, eqn, "it is a result"))
+        return arrays, cells
+
+    def inner(
+        self, eqn: compat.Eqn, values: list[Any], call: Callable[..., Any], bodies: Sequence[Any]
+    ) -> list[Any]:
+        """Runs inner programs on `values` through `call(functions, arrays, states)`.
+
+        Deferred operands are closed over; the stores of caches go in and out.
+        """
+        stores = self.stores_of(values)
+        for store in stores:
+            self.close(store)
+        before = [store.arrays for store in stores]
+        slots = [i for i, v in enumerate(values) if not is_node(v)]
+        found: list[list[Cell | None]] = []
+
+        def function(body: Any, arrays: Any, states: Any) -> Any:
+            self.enter(stores, states)
+            mine = list(values)
+            for i, x in zip(slots, arrays):
+                mine[i] = x
+            out, cells = self.results(eqn, self.run(body, mine))
+            found.append(cells)
+            return out, self.leave(stores)
+
+        functions = [functools.partial(function, body) for body in bodies]
+        out, states = call(functions, [values[i] for i in slots], before)
+        if any(cells != found[0] for cells in found):
+            self.refuse(next(v for v in values if is_rooted(v)), eqn, "the branches return different caches")
+        for store, state in zip(stores, states):
+            store.arrays, store.opened = state, None
+        return [c.node((DONE,)) if c is not None else x for x, c in zip(out, found[0])]
+
+    def stores_of(self, values: Sequence[Any]) -> list[Store]:
+        found = {id(n.view.cell.store): n.view.cell.store for v in values for n in reads_of(v)}
+        return list(found.values())
+
+
+def _is_index(aval: Any) -> bool:
+    return hasattr(aval, "dtype") and (
+        jnp.issubdtype(aval.dtype, jnp.integer) or aval.dtype == jnp.bool_
+    )
+
+
+def _unwrap(x: Any) -> Any:
+    """The scalar behind an index ``[1]`` and its casts."""
+    while True:
+        if isinstance(x, Scalar):
+            x = x.value
+        elif is_node(x) and x.op in ("reshape", "broadcast_in_dim", "squeeze") and x.inputs:
+            x = x.inputs[0]
+        else:
+            return x
+
+
+def _equal_constants(a: Any, b: Any) -> bool:
+    if is_node(a) or is_node(b) or isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return False
+    return shape_of(a) == shape_of(b) and bool(np.array_equal(a, b))
+
+
+def _inline(run: CacheRun, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
+    return run.run(inner, values)
+
+
+def _custom(run: CacheRun, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    """A custom rule around a cache: inlined, and its gradient refused rather than changed."""
+    out = run.run(eqn.params.get("call_jaxpr") or eqn.params["fun_jaxpr"], values)
+    return [x if is_node(x) else _no_gradient(eqn.primitive.name)(x) for x in out]
+
+
+def _no_gradient(name: str) -> Callable[[Any], Any]:
+    @jax.custom_jvp
+    def identity(x: Any) -> Any:
+        return x
+
+    @identity.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"gradient through `{name}` around a compressed cache: its own rule would be lost. "
+            "Differentiate the original function."
+        )
+
+    return identity
+
+
+def _remat(run: CacheRun, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    def call(functions: Any, arrays: Any, states: Any) -> Any:
+        again = jax.checkpoint(
+            functions[0], policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"]
+        )
+        return again(arrays, states)
+
+    return run.inner(eqn, values, call, [eqn.params["jaxpr"]])
+
+
+def _cond(run: CacheRun, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    index, *operands = values
+    index = run.array(index, eqn, "it is an index")
+
+    def call(functions: Any, arrays: Any, states: Any) -> Any:
+        return lax.switch(index, functions, arrays, states)
+
+    return run.inner(eqn, operands, call, eqn.params["branches"])
+
+
+def _moving(run: CacheRun, eqn: compat.Eqn, values: list[Any]) -> list[Cell | None]:
+    """The cells among the carries of a loop."""
+    cells = []
+    for value in values:
+        cell = run.taken(value)
+        if cell is None and is_rooted(value):
+            run.refuse(value, eqn, f"a part of it is carried by `{eqn.primitive.name}`")
+        cells.append(cell)
+    return cells
+
+
+class _Loop:
+    """The caches that a loop carries or scans: cells and stores of its body, and their states."""
+
+    def __init__(self, run: CacheRun, eqn: compat.Eqn, carry: list[Any], xs: list[Any]):
+        self.run, self.eqn = run, eqn
+        self.carry, self.xs = _moving(run, eqn, carry), _moving(run, eqn, xs)
+        self.carried = _stores(self.carry)
+        self.scanned = _stores(self.xs)
+        for store in (*self.carried, *self.scanned):
+            run.close(store)
+        if set(map(id, self.carried)) & set(map(id, self.scanned)):
+            run.refuse(carry[0], eqn, "keys are carried by a loop and values scanned, or the reverse")
+        self.outer = self.carried + self.scanned
+        self.inner = [Store(group=s.group) for s in self.outer]
+
+    def cells(self, cells: list[Cell | None], taken: int) -> list[Any]:
+        """Cells of the body; a scan has taken `taken` axes of each."""
+        out = []
+        for c in cells:
+            if c is None:
+                out.append(None)
+                continue
+            store = self.inner[next(i for i, s in enumerate(self.outer) if s is c.store)]
+            out.append(Cell(c.name, c.shape[taken:], c.dtype, c.stack + c.shape[:taken], store))
+        return out
+
+    def states(self, stores: list[Store]) -> list[Any]:
+        return [s.arrays for s in stores]
+
+    def finish(self, stores: list[Store], states: Any) -> None:
+        for store, state in zip(stores, states):
+            store.arrays, store.opened = state, None
+
+
+def _stores(cells: Sequence[Cell | None]) -> list[Store]:
+    return list({id(c.store): c.store for c in cells if c is not None}.values())
+
+
+def _given(cells: list[Any], arrays: Any) -> list[Any]:
+    """Operands of a loop's body: nodes for caches, arrays for the rest."""
+    rest = iter(arrays)
+    return [c.node() if c is not None else next(rest) for c in cells]
+
+
+def _scan(run: CacheRun, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    p = eqn.params
+    n_consts, n_carry = compat.scan_split(eqn)
+    consts, init = values[:n_consts], values[n_consts : n_consts + n_carry]
+    xs = values[n_consts + n_carry :]
+    loop = _Loop(run, eqn, init, xs)
+    outside = [s for s in run.stores_of(consts) if s not in loop.outer]
+    n = len(loop.carried)
+    ys_cells: list[Any] = []
+
+    def step(carry: Any, x: Any) -> Any:
+        (arrays, states), (rows, slices) = carry, x
+        run.enter(loop.inner, [*states, *slices])
+        known = [s.opened for s in outside]
+        carry_cells, x_cells = loop.cells(loop.carry, 0), loop.cells(loop.xs, 1)
+        mine = [*_given(carry_cells, arrays), *_given(x_cells, rows)]
+        out = run.run(p["jaxpr"], [*consts, *mine])
+        moved, cells = run.results(eqn, out[:n_carry])
+        for got, want, value in zip(cells, carry_cells, out):
+            if got is not want:
+                _lost(run, eqn, got or want, value)
+        ys, made = run.results(eqn, out[n_carry:])
+        for cell in made:
+            if cell is not None and cell not in x_cells:
+                raise Unfit([cell.name], "a loop stacks copies of it", compat.where(eqn))
+        if [s.opened for s in outside] != known:
+            names = [n.view.cell.name for v in consts for n in reads_of(v)]
+            raise Unfit(names, "it is updated in a loop that does not carry it", compat.where(eqn))
+        ys_cells[:] = [None if c is None else loop.xs[x_cells.index(c)] for c in made]
+        after = run.leave(loop.inner)
+        kept = [x for x, c in zip(moved, cells) if c is None]
+        return (kept, after[:n]), ([y for y, c in zip(ys, made) if c is None], after[n:])
+
+    start = [run.array(v, eqn) for v, c in zip(init, loop.carry) if c is None]
+    rows = [run.array(v, eqn) for v, c in zip(xs, loop.xs) if c is None]
+    carry = (start, loop.states(loop.carried))
+    scanned = (rows, loop.states(loop.scanned))
+    (moved, states), (ys, stacked) = lax.scan(
+        step, carry, scanned, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+    )
+    loop.finish(loop.carried, states)
+    loop.finish(loop.scanned, stacked)
+    return [*_given_back(loop.carry, moved), *_given_back(ys_cells, ys)]
+
+
+def _lost(run: CacheRun, eqn: compat.Eqn, cell: Cell, value: Any) -> None:
+    raise Unfit([cell.name], f"`{eqn.primitive.name}` carries another value on in its place", compat.where(eqn))
+
+
+def _given_back(cells: Sequence[Any], arrays: Any) -> list[Any]:
+    rest = iter(arrays)
+    return [c.node((DONE,)) if c is not None else next(rest) for c in cells]
+
+
+def _while(run: CacheRun, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    p = eqn.params
+    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+    cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
+    init = values[n_cond + n_body :]
+    loop = _Loop(run, eqn, init, [])
+    for v in (*cond_consts, *body_consts):
+        if is_rooted(v):
+            run.refuse(v, eqn, "a `while` loop reads it but does not carry it")
+
+    def cond(state: Any) -> Any:
+        run.enter(loop.inner, state[1])
+        cells = loop.cells(loop.carry, 0)
+        out = run.array(run.run(p["cond_jaxpr"], [*cond_consts, *_given(cells, state[0])])[0], eqn)
+        run.leave(loop.inner)
+        return out
+
+    def body(state: Any) -> Any:
+        run.enter(loop.inner, state[1])
+        cells = loop.cells(loop.carry, 0)
+        out = run.run(p["body_jaxpr"], [*body_consts, *_given(cells, state[0])])
+        arrays, got = run.results(eqn, out)
+        for g, want, value in zip(got, cells, out):
+            if g is not want:
+                _lost(run, eqn, g or want, value)
+        return [x for x, c in zip(arrays, got) if c is None], run.leave(loop.inner)
+
+    start = [run.array(v, eqn) for v, c in zip(init, loop.carry) if c is None]
+    arrays, states = lax.while_loop(cond, body, (start, loop.states(loop.carried)))
+    loop.finish(loop.carried, states)
+    return _given_back(loop.carry, arrays)
+
+
+def _shard_map(run: CacheRun, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    for value in values:
+        if is_rooted(value):
+            run.refuse(value, eqn, "it goes into `shard_map`")
+    return Interpreter.step(run, eqn, [run.array(v, eqn) for v in values])
+
+
+CONTROL: dict[str, Callable[[CacheRun, compat.Eqn, list[Any]], list[Any]]] = {
+    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "custom_lin"), _inline),
+    **dict.fromkeys(("remat2", "remat", "checkpoint"), _remat),
+    **dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), _custom),
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "shard_map": _shard_map,
+}
+
+__all__ = ["DONE", "CacheRun", "Store", "Unfit", "same_axes"]

@@ -1,0 +1,100 @@
+"""What a program's caches are: groups of leaves that one attention reads, and their geometry."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Rows that a cache stores: one for keys, one for values.
+
+    Attributes:
+      leaf: path of the cache's leaf.
+      part: which part of the leaf's axes, where it holds more than one stream: ``((axis, start, size), ...)``.
+      role: "key", "value", or "both" (latent attention).
+      width: elements of a row, D.
+      dtype: of the leaf.
+    """
+
+    leaf: str
+    part: tuple[tuple[int, int, int], ...]
+    role: str
+    width: int
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The caches of one attention (or of all layers of a scan).
+
+    Attributes:
+      leaves: paths, shapes and dtypes of the leaves.
+      streams: what they hold.
+      stack: sizes of the stacked axes, outermost first (layers under a scan).
+      batch, heads: B and K.
+      length: tokens that the program's cache has room for, S.
+      grows: each call makes the program's cache longer (a concatenated cache).
+    """
+
+    leaves: tuple[tuple[str, tuple[int, ...], str], ...]
+    streams: tuple[Stream, ...]
+    stack: tuple[int, ...]
+    batch: int
+    heads: int
+    length: int
+    grows: bool = False
+
+    @property
+    def name(self) -> str:
+        """The common part of the leaves' paths."""
+        names = [leaf[0] for leaf in self.leaves]
+        if len(names) == 1:
+            return names[0]
+        words = [n.split("/") for n in names]
+        same = [w[0] for w in zip(*words) if len(set(w)) == 1]
+        last = "+".join(w[-1] for w in words)
+        return "/".join([*same, last]) if len(set(map(len, words))) == 1 else "+".join(names)
+
+    @property
+    def layers(self) -> int:
+        return math.prod(self.stack)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the program's own leaves."""
+        return sum(math.prod(s) * jnp.dtype(d).itemsize for _, s, d in self.leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One attention in a program.
+
+    Attributes:
+      group: the name of its caches.
+      where: name scopes.
+      rows: new tokens in this call.
+      form: the equations between the two matmuls.
+      mask: "structured" (made of positions) or "array".
+      reason: why it was refused; "" where it was not.
+    """
+
+    group: str
+    where: str
+    rows: int = 0
+    form: str = ""
+    mask: str = ""
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """A leaf of the caches that stays as it is, and why."""
+
+    leaf: str
+    reason: str
+    extra: Any = None

@@ -1,0 +1,102 @@
+"""What a method keeps of a cache: one door to the two kinds of stores, over stacks and batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import direct, slots
+from .method import Method
+from .spec import Group
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Working:
+    """The rows that an attention sees, and what came in.
+
+    Attributes:
+      rows: for each stream ``[B, K, C, D]``.
+      positions, live: see `replay.Rows`.
+      new: the new rows, ``[B, K, T, D]``.
+      at: their positions, ``int32[T]`` or ``int32[B, T]``.
+      how: how the positions lie; see `direct.place`.
+    """
+
+    rows: list[jax.Array]
+    positions: jax.Array | None
+    live: jax.Array | None
+    new: list[jax.Array]
+    at: jax.Array
+    how: str
+
+
+def shapes(method: Method, group: Group) -> Any:
+    """The buffers of a group, as shapes."""
+    kind = direct if method.selector is None else slots
+    lead = (*group.stack, group.batch)
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct((*lead, *s.shape), s.dtype), kind.init(method, group)
+    )
+
+
+def empty(method: Method, group: Group) -> Any:
+    """The buffers of a group, with nothing in them."""
+    kind = direct if method.selector is None else slots
+    return kind.empty(shapes(method, group))
+
+
+def nbytes(method: Method, group: Group) -> int:
+    """Bytes of the buffers."""
+    leaves = jax.tree.leaves(shapes(method, group))
+    return sum(math.prod(s.shape) * s.dtype.itemsize for s in leaves)
+
+
+def working(
+    method: Method, group: Group, arrays: Any, new: list[jax.Array], at: jax.Array, how: str
+) -> Working:
+    """The rows to attend to: those kept, and the new ones as they are."""
+    batched = 0 if at.ndim == 2 else None
+    if method.selector is not None:
+        view = jax.vmap(lambda a, n, p: slots.working(method, group, a, n, p, how), (0, 0, batched))
+        rows, positions, live = view(arrays, new, at)
+        return Working(rows, positions, live, new, at, how)
+
+    def one(a: Any, n: Any, p: Any) -> Any:
+        kept = direct.rows(method, group, a)
+        if group.grows:
+            extra = group.length + n[0].shape[1] - kept[0].shape[1]
+            kept = [jnp.pad(x, ((0, 0), (0, max(0, extra)), (0, 0))) for x in kept]
+        return direct.place(kept, n, p, how)
+
+    placed = jax.vmap(one, (0, 0, batched))(arrays, new, at)
+    length = group.length + (new[0].shape[2] if group.grows else 0)
+    rows = [x[:, :, :length] for x in placed]
+    return Working(rows, None, None, new, at, how)
+
+
+def absorb(method: Method, group: Group, arrays: Any, w: Working, stats: Any) -> Any:
+    """The buffers with the new rows stored."""
+    batched = 0 if w.at.ndim == 2 else None
+    if method.selector is not None:
+        keep = lambda a, r, n, p, s: slots.absorb(method, group, a, r, n, p, w.how, s)
+        return jax.vmap(keep, (0, 0, 0, batched, 0))(arrays, w, w.new, w.at, stats)
+    if group.grows:
+        arrays = _lengthen(method, group, arrays, w.new[0].shape[2])
+    keep = lambda a, r, n, p: direct.absorb(method, group, a, r, n, p, w.how)
+    return jax.vmap(keep, (0, 0, 0, batched))(arrays, w.rows, w.new, w.at)
+
+
+def _lengthen(method: Method, group: Group, arrays: Any, rows: int) -> Any:
+    """Buffers for a cache of more tokens."""
+    longer = dataclasses.replace(group, length=group.length + rows)
+    want = jax.tree.map(
+        lambda s: (group.batch, *s.shape), direct.init(method, longer), is_leaf=lambda s: hasattr(s, "shape")
+    )
+    fit = lambda x, shape: jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape)])
+    flat, tree = jax.tree.flatten(arrays)
+    sizes = jax.tree.leaves(want, is_leaf=lambda s: isinstance(s, tuple))
+    return jax.tree.unflatten(tree, [fit(x, s) for x, s in zip(flat, sizes)])
