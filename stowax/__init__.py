@@ -9,10 +9,12 @@ from stowax.pallas_kernels.codecs import Packed as Packed
 from stowax.transforms import Transformed as Transformed
 from stowax.transforms import chain as chain
 from stowax.transforms import clip_search as clip_search
+from stowax.transforms import compress_kv as compress_kv
 from stowax.transforms import flax as flax
 from stowax.transforms import gptq as gptq
 from stowax.transforms import hqq as hqq
 from stowax.transforms import import_blocks as import_blocks
 from stowax.transforms import quantize as quantize
+from stowax.transforms import recipes as recipes
 from stowax.transforms import rounding as rounding
 from stowax.transforms import show as show

@@ -14,6 +14,7 @@ from .report import html_table, text_table
 if TYPE_CHECKING:
     from stowax.pallas_kernels.codecs import Packed
 
+    from .kv.report import CacheTable
     from .transform import Leaf
 
 
@@ -53,9 +54,15 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What was done at every leaf. Prints as a table; `to_dict` is the same as data."""
+    """What was done at every leaf. Prints as a table; `to_dict` is the same as data.
+
+    Attributes:
+      rows: the weights.
+      caches: the KV caches, where the transform compresses them.
+    """
 
     rows: list[Row]
+    caches: CacheTable | None = None
 
     HEADER = ("weight", "shape", "codec", "bits", "before", "after", "used by", "how")
 
@@ -74,15 +81,18 @@ class Explanation:
         rows = [
             dataclasses.asdict(row) | {"bits_per_weight": row.bits_per_weight} for row in self.rows
         ]
-        return {"rows": rows, "nbytes_before": self.nbytes_before, "nbytes": self.nbytes}
+        found = {"rows": rows, "nbytes_before": self.nbytes_before, "nbytes": self.nbytes}
+        return found | ({"caches": self.caches.to_dict()} if self.caches is not None else {})
 
     def __str__(self) -> str:
-        return f"{text_table(self.HEADER, self._cells())}\n{self._total()}"
+        weights = f"{text_table(self.HEADER, self._cells())}\n{self._total()}"
+        return weights if self.caches is None else f"{weights}\n\n{self.caches}"
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return html_table(self.HEADER, self._cells(), self._total())
+        weights = html_table(self.HEADER, self._cells(), self._total())
+        return weights if self.caches is None else weights + self.caches._repr_html_()
 
     def _cells(self) -> list[tuple[object, ...]]:
         return [

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from stowax.pallas_kernels import codecs
 from stowax.pallas_kernels.codecs import Codec, Packed
 
-from . import storage
+from . import kv, storage
 from .calibrate import calibrate
 from .core import Interpreter, Recorder, Use, compat, is_packed, named_leaves, replace_leaves, trace
-from .core.program import Program, of_arrays, position, prefixes, select
+from .core.program import Program, logical, of_arrays, position, prefixes, select
 from .explain import EncodeReport, EncodeRow, Explanation, Row
 from .solvers import Solver, solve_storage
 from .storage import Storage
@@ -81,6 +81,7 @@ class Transform(Protocol):
         fn: Callable[..., Any],
         *,
         params: int | str | Sequence[int | str] = 0,
+        cache: int | str | Sequence[int | str] = (),
         strict: bool = True,
     ) -> Transformed:
         """The function with this transform applied; see `Transformed`."""
@@ -88,13 +89,14 @@ class Transform(Protocol):
 
 
 class Applicable:
-    """Gives a transform its ``transform(fn, params=0)``."""
+    """Gives a transform its ``transform(fn, params=0, cache=2)``."""
 
     def __call__(
         self: Any,
         fn: Callable[..., Any],
         *,
         params: int | str | Sequence[int | str] = 0,
+        cache: int | str | Sequence[int | str] = (),
         strict: bool = True,
     ) -> Transformed:
         """Applies the transform to `fn`.
@@ -102,10 +104,16 @@ class Applicable:
         Args:
           fn: any JAX function; it is traced, never patched.
           params: position or name of the argument that holds the weights, or several of them.
+          cache: the same for KV caches; needed where a transform compresses them.
           strict: rules that match nothing, and constructs that can't be rewritten, are errors.
         """
-        roles = (params,) if isinstance(params, (int, str)) else tuple(params)
-        return Transformed(fn, self, roles, strict)
+        if kv_rules(self) and cache == ():
+            raise ValueError(
+                "`cache` is not given: say which argument holds the KV cache, as in "
+                f"`{type(self).__name__.lower()}(...)(step, params=0, cache=2)`"
+            )
+        roles = lambda keys: (keys,) if isinstance(keys, (int, str)) else tuple(keys)
+        return Transformed(fn, self, roles(params), strict, roles(cache))
 
 
 class Transformed:
@@ -115,16 +123,25 @@ class Transformed:
       fn: the original function.
       transform: what is applied to it.
       params: which arguments hold weights.
+      cache: which arguments hold KV caches.
       report: what the last `encode` did to each leaf, with its errors; None before.
     """
 
-    def __init__(self, fn: Any, transform: Transform, params: tuple[int | str, ...], strict: bool):
+    def __init__(
+        self,
+        fn: Any,
+        transform: Transform,
+        params: tuple[int | str, ...],
+        strict: bool,
+        cache: tuple[int | str, ...] = (),
+    ):
         if not callable(fn):
             raise TypeError(
                 f"`fn` must be a function; got {type(fn).__name__}. Wrap a Flax module with sx.flax."
             )
         functools.update_wrapper(self, fn, updated=())
         self.fn, self.transform, self.params, self.strict = fn, transform, params, strict
+        self.cache = cache
         self.report: EncodeReport | None = None
 
     def __repr__(self) -> str:
@@ -132,16 +149,56 @@ class Transformed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function on encoded weights."""
-        program = trace(self.fn, args, kwargs, self.params)
+        program = self._trace(args, kwargs)
         self._check_encoded(program)
         if any(is_packed(leaf) and leaf.guessed for leaf in program.leaves):
             self._check_guesses(program)
         try:
-            out = Interpreter(strict=self.strict).run_arrays(None, program.jaxpr, program.leaves)
+            if kv_rules(self.transform) is not None:
+                out = kv.run(program, kv_rules(self.transform), self.strict)
+            else:
+                run = Interpreter(strict=self.strict)
+                out = run.run_arrays(None, program.jaxpr, program.leaves)
         except NotImplementedError:
             _analyse(program, strict=self.strict)  # says the same, with the names of the weights
             raise
         return jax.tree_util.tree_unflatten(program.out_tree, out)
+
+    def _trace(self, args: Any, kwargs: Any) -> Program:
+        return trace(self.fn, args, kwargs, self.params, self.cache)
+
+    def init_cache(self, cache: Any, *args: Any, **kwargs: Any) -> Any:
+        """The compressed cache in the place of the model's own, empty.
+
+        ``init_cache(cache)`` goes by names and shapes; the first call lays it out anew where the program does not
+        agree. ``init_cache(cache, *rest)``, with the other arguments of a call (arrays or shapes), reads the layout
+        from the program, and leaves what is no cache of an attention as it is.
+
+        Args:
+          cache: the model's own empty cache, as arrays or ``jax.ShapeDtypeStruct`` (nothing of its size is
+            allocated); leaves other than keys and values are kept, or zeros.
+
+        Returns:
+          The same pytree with a `KVState` for the first leaf of each attention's cache and `Moved` for the others.
+        """
+        rules = kv_rules(self.transform)
+        if rules is None:
+            raise ValueError(f"{self!r} compresses no cache; add `sx.compress_kv(recipe)`")
+        if not args and not kwargs:
+            return kv.guess(cache, rules)
+        args = self._with_cache(cache, args)
+        program = self._trace(args, kwargs)
+        return kv.init(cache, program, rules, self.strict)
+
+    def _with_cache(self, cache: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The positional arguments of a call, the cache among them."""
+        if len(self.cache) != 1:
+            raise ValueError(f"`cache` names {len(self.cache)} arguments: pass shapes of one cache")
+        at = position(self.fn, self.cache[0])
+        if not isinstance(at, int):
+            raise ValueError(f"`cache` {at!r} is a keyword: give `compress_kv` its position")
+        at %= len(args) + 1
+        return (*args[:at], cache, *args[at:])
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """Packs the weights, one leaf at a time.
@@ -162,9 +219,9 @@ class Transformed:
         if calibration is not None:
             batches = [_with_rest(weights, kwargs, batch) for batch in calibration]
             weights = self._weights(batches[0], kwargs)
-            leaves = _analyse(trace(self.fn, batches[0], kwargs, self.params))
+            leaves = _analyse(self._trace(batches[0], kwargs))
         elif _is_whole_call(self.fn, args, kwargs, len(weights)):
-            leaves = _analyse(trace(self.fn, args, kwargs, self.params))
+            leaves = _analyse(self._trace(args, kwargs))
         else:
             leaves = _by_name(weights)
         claims = self.transform.claim(leaves, self.strict)
@@ -183,15 +240,17 @@ class Transformed:
 
         Takes the arguments of a call, with encoded or plain weights, as arrays or shapes.
         """
-        program = trace(self.fn, args, kwargs, self.params)
+        program = self._trace(args, kwargs)
         leaves = _analyse(program)
         plain = [leaf for leaf in leaves if not is_packed(leaf.value)]
         claims = self.transform.claim(plain, False) if len(plain) == len(leaves) else {}
-        return Explanation([_explain_row(leaf, claims.get(leaf.name)) for leaf in leaves])
+        rows = [_explain_row(leaf, claims.get(leaf.name)) for leaf in leaves]
+        rules = kv_rules(self.transform)
+        return Explanation(rows, None if rules is None else kv.explain(program, rules))
 
     def jaxprs(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """The jaxpr of the original function and of the rewritten one, for the same call."""
-        program = trace(self.fn, args, kwargs, self.params)
+        program = self._trace(args, kwargs)
         flat, leaves = of_arrays(self, args, kwargs)
         return program.jaxpr, jax.make_jaxpr(flat)(*leaves.values())
 
@@ -250,6 +309,15 @@ class Transformed:
         return {key: args[key] if isinstance(key, int) else kwargs[key] for key in chosen}
 
 
+def kv_rules(transform: Any) -> Any:
+    """What a transform does with KV caches; None for nothing. At most one of a chain may say."""
+    parts = getattr(transform, "transforms", (transform,))
+    found = [part.rules for part in parts if isinstance(part, kv.CompressKV)]
+    if len(found) > 1:
+        raise ValueError("a chain has two `compress_kv`; give one of them rules for all caches")
+    return found[0] if found else None
+
+
 def _with_rest(weights: Mapping[int | str, Any], kwargs: Any, batch: Any) -> tuple[Any, ...]:
     """A call's positional arguments: the weights, and the others from a calibration batch."""
     batch = batch if isinstance(batch, tuple) else (batch,)
@@ -290,7 +358,7 @@ def _analyse(program: Program, strict: bool = False) -> list[Leaf]:
     recorder = Recorder()
     run = Interpreter(strict=strict, recorder=recorder)
     values = [
-        _labelled(leaf, name) if name and _is_float(leaf) else leaf
+        _labelled(leaf, name) if name and _is_float(leaf) else logical(leaf)
         for leaf, name in zip(program.leaves, program.names)
     ]
     jax.eval_shape(lambda vs: run.run_arrays(None, program.jaxpr, vs), values)

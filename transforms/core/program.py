@@ -95,7 +95,7 @@ def trace(
 ) -> Program:
     """Traces `fn` as it is, every stored leaf replaced by the tensor that it stands for."""
     flat, leaves = of_arrays(fn, args, kwargs, is_leaf=is_stored)
-    jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*map(_logical, leaves.values()))
+    jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*map(logical, leaves.values()))
     names = _role_names(fn, args, kwargs, params)
     caches = _role_names(fn, args, kwargs, cache, "cache")
     pick = lambda found: tuple(found[i] for i in leaves)
@@ -119,7 +119,8 @@ def of_arrays(
     return flat, arrays
 
 
-def _logical(leaf: Any) -> Any:
+def logical(leaf: Any) -> Any:
+    """The tensor that a leaf stands for, as a shape where it is not the tensor itself."""
     if not is_stored(leaf):
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 from ..core import compat
 from ..core.interpret import Recorder
 from ..core.program import Program
-from .expr import Cell, Node
+from .defer import LAYOUT
+from .expr import Cell, Node, is_rooted, walk
 from .find import Caches, stream_key
 from .match import Attention, new_rows
+from .method import Method
 from .replay import Replay, Rows, attend
 from .rewrite import CacheRun, Store
 from .state import KVState, Moved
-from .store import Working, absorb, working
+from .store import Working, absorb, is_ragged, working
 from .writes import Positions
 
 
@@ -41,9 +43,9 @@ class Opened:
 class Emit(CacheRun):
     """See the module."""
 
-    def __init__(self, *, strict: bool, caches: Caches, method: Any, recorder: Recorder | None = None):
+    def __init__(self, *, strict: bool, caches: Caches, methods: dict[str, Method], recorder: Recorder | None = None):
         super().__init__(strict=strict, recorder=recorder)
-        self.caches, self.method = caches, method
+        self.caches, self.methods = caches, methods
 
     def attention(self, found: Attention) -> jax.Array:
         store: Store = found.reads[0].cell.store
@@ -60,12 +62,46 @@ class Emit(CacheRun):
             store.opened = dataclasses.replace(opened, stats=stats)
         return out
 
+    def method(self, store: Store) -> Method:
+        return self.methods[store.group.leaves[0][0]]
+
     def statistic(self, store: Store, opened: Opened) -> Any:
-        selector = self.method.selector
+        selector = self.method(store).selector
         if selector is None or not selector.needs_attention:
             return None
         total = opened.found.rows
         return lambda p, t: selector.statistic(p, t, total)
+
+    def queries(self, found: Attention) -> jax.Array:
+        """The queries of an attention, ``f32[B, K, Q, D]`` with elements as the keys' rows have them."""
+        key = next(r for r in found.reads if r.role != "value")
+        node = self._first_dot(found.weights, key)
+        side = 1 if is_rooted(node.inputs[0]) else 0
+        contract, batch = node.eqn.params["dimension_numbers"]  # pyright: ignore
+        q = self.array(node.inputs[side])
+        theirs = self.axes.labels(node.inputs[1 - side].labels)
+        free = [d for d in range(q.ndim) if d not in contract[side] and d not in batch[side]]
+        pairs = [(d, theirs[e]) for d, e in zip(batch[side], batch[1 - side])]
+        inner = [(d, theirs[e]) for d, e in zip(contract[side], contract[1 - side])]
+        order = [d for d, _ in pairs] + free + [d for d, _ in inner]
+        atoms = [a for _, dim in pairs for a in dim]
+        extra = [a for a in atoms if a not in key.lead]  # heads repeated over queries
+        ends = [a for _, dim in inner for a in dim]
+        q = q.transpose(order).reshape([a.size for a in atoms] + [-1] + [a.size for a in ends])
+        lead = [atoms.index(a) for a in key.lead] + [atoms.index(a) for a in extra]
+        last = [len(atoms) + 1 + ends.index(a) for a in key.inner]
+        q = q.transpose([*lead, len(atoms), *last])
+        return q.reshape(key.batch, key.heads, -1, key.width).astype(jnp.float32)
+
+    def _first_dot(self, node: Node, key: Any) -> Node:
+        """The matmul that reads the keys."""
+        for n in walk(node):
+            if n.op == "dot_general" and any(_is_read(v, key.node) for v in n.inputs):
+                return n
+        raise ValueError(
+            f"{key.cell.name}: the selector looks at queries, but the keys are changed after they are read from the "
+            "cache (rotary positions at reading, a norm): use a selector that looks at attention weights"
+        )
 
     def _is_open(self, store: Store, found: Attention) -> bool:
         opened: Opened | None = store.opened
@@ -75,6 +111,11 @@ class Emit(CacheRun):
 
     def open(self, store: Store, found: Attention) -> Opened:
         arrays = store.arrays
+        if is_ragged(arrays):
+            raise ValueError(
+                f"{store.group.name}: layers have different budgets, and the program reads them from one stack at an "
+                "index. Use a recipe with equal budgets, or a model that scans over its layers' caches."
+            )
         if found.index is not None:
             index = self.array(found.index[1])
             arrays = jax.tree.map(lambda x: _entry(x, index, found), arrays)
@@ -88,7 +129,7 @@ class Emit(CacheRun):
         assert not missing, missing
         at, how = self.positions(found)
         group = store.group
-        return Opened(found, arrays, working(self.method, group, arrays, new, at, how))
+        return Opened(found, arrays, working(self.method(store), group, arrays, new, at, how))
 
     def positions(self, found: Attention) -> tuple[jax.Array, str]:
         """``int32[T]`` or ``int32[B, T]``, S or more for rows to drop; and how they lie."""
@@ -116,7 +157,11 @@ class Emit(CacheRun):
         if opened is None:
             return
         store.opened = None
-        arrays = absorb(self.method, store.group, opened.arrays, opened.working, opened.stats)
+        method = self.method(store)
+        wants = method.selector is not None and method.selector.queries
+        queries = self.queries(opened.found) if wants else None
+        w = opened.working
+        arrays = absorb(method, store.group, opened.arrays, w, opened.stats, queries)
         arrays = jax.lax.stop_gradient(arrays)
         if opened.found.index is not None:
             index = self.array(opened.found.index[1])
@@ -144,6 +189,13 @@ class Emit(CacheRun):
         return replay.arrange(read, w.rows[i])
 
 
+def _is_read(x: Any, read: Node) -> bool:
+    """Whether `x` is what was read, through casts and layout alone."""
+    while is_rooted(x) and x is not read and x.view is None and x.op in ("convert_element_type", *LAYOUT):
+        x = x.inputs[0]
+    return x is read
+
+
 def _entry(x: jax.Array, index: jax.Array, found: Attention) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
 
@@ -152,12 +204,12 @@ def run(
     program: Program,
     names: list[str],
     caches: Caches,
-    method: Any,
+    methods: dict[str, Method],
     strict: bool,
     recorder: Recorder | None = None,
 ) -> list[Any]:
     """The results of a program whose caches are `KVState`s; they are so in the results too."""
-    emit = Emit(strict=strict, caches=caches, method=method, recorder=recorder)
+    emit = Emit(strict=strict, caches=caches, methods=methods, recorder=recorder)
     stores: dict[str, Store] = {}
     cells: dict[str, Cell] = {}
     values: list[Any] = []
@@ -180,7 +232,7 @@ def run(
     body, _ = compat.open_jaxpr(program.jaxpr)
     shapes = {leaf: tuple(body.outvars[j].aval.shape) for leaf, j in caches.outputs.items()}
     finish = lambda j, v: (
-        _returned(stores, caches, place[j], shapes, method)
+        _returned(stores, caches, place[j], shapes, methods)
         if j in place
         else emit.array(v, None, "it is a result")
     )
@@ -188,7 +240,7 @@ def run(
 
 
 def _returned(
-    stores: dict[str, Store], caches: Caches, leaf: str, shapes: dict[str, Any], method: Any
+    stores: dict[str, Store], caches: Caches, leaf: str, shapes: dict[str, Any], methods: Any
 ) -> KVState | Moved:
     group = caches.group_of(leaf)
     assert group is not None
@@ -198,4 +250,4 @@ def _returned(
         return Moved(owner, shapes[leaf], dtype)
     leaves = tuple((n, shapes[n], d) for n, _, d in group.leaves)
     group = dataclasses.replace(stores[owner].group, leaves=leaves)
-    return KVState(stores[owner].arrays, group, method)
+    return KVState(stores[owner].arrays, group, methods[owner])

@@ -61,7 +61,12 @@ class Evaluation:
             return self(x.inputs[0], moved)
         if any(shape_of(v) not in ((), x.shape) for v in x.inputs) or x.op == "concatenate":
             return self.leaf(self.array(x), coords)
-        values = [self(v, coords if shape_of(v) else ()) for v in x.inputs]
+        values = [self(v, coords) if shape_of(v) else self.array(v) for v in x.inputs]
+        sized = [bool(shape_of(v)) for v in x.inputs]
+        values = [
+            jnp.reshape(v, (1,) * self.rank) if s and not np.ndim(v) else v
+            for v, s in zip(values, sized)
+        ]
         return _bind(x.eqn, values)
 
     def leaf(self, x: Any, coords: Sequence[Coord]) -> jax.Array:

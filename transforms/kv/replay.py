@@ -19,6 +19,7 @@ import numpy as np
 
 from ..core import compat
 from .axes import Atom, Dim, Labels
+from .defer import ELEMENTWISE
 from .evaluate import Along, Coord, Evaluation
 from .expr import Node, is_node, is_rooted, shape_of
 from .match import Attention, Read
@@ -88,7 +89,7 @@ class Replay:
             return _RESHAPED[node.op](self, node, values, shape)
         if node.op in _IDENTITY:
             values[0] = self.masked(node.inputs[0], values[0], _IDENTITY[node.op])
-        if node.op not in ("dot_general", "concatenate") and node.op not in _IDENTITY:
+        if node.op in ELEMENTWISE:
             values = [jnp.broadcast_to(v, _stretch(v, shape)) if np.ndim(v) else v for v in values]
         return compat.bind(node.eqn, values)[node.out]
 

@@ -25,6 +25,7 @@ from .axes import same_axes
 from .defer import Deferral, Scalar, literal
 from .expr import Cell, Node, View, Write, is_node, is_rooted, shape_of
 from .match import Attention, match, reads_of
+from .store import is_ragged
 
 DONE = Write("done", (), None, (), View(None))  # type: ignore[arg-type]
 
@@ -94,7 +95,7 @@ class CacheRun(Interpreter, Deferral):
             return self.run(eqn.params["jaxpr"], values)
         out = super().step(eqn, values)
         for var, value in zip(eqn.outvars, out):
-            if _is_index(var.aval) and not var.aval.shape:
+            if _is_index(var.aval):
                 params = tuple(sorted((k, str(v)) for k, v in eqn.params.items()))
                 self.origin[id(value)] = (value, name + str(params), tuple(values))
         return out
@@ -393,12 +394,30 @@ def _scan(run: CacheRun, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     rows = [run.array(v, eqn) for v, c in zip(xs, loop.xs) if c is None]
     carry = (start, loop.states(loop.carried))
     scanned = (rows, loop.states(loop.scanned))
-    (moved, states), (ys, stacked) = lax.scan(
+    ragged = any(is_ragged(s.arrays) for s in loop.scanned)
+    scan = _unrolled if ragged else lax.scan
+    (moved, states), (ys, stacked) = scan(
         step, carry, scanned, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
     loop.finish(loop.carried, states)
     loop.finish(loop.scanned, stacked)
     return [*_given_back(loop.carry, moved), *_given_back(ys_cells, ys)]
+
+
+def _unrolled(step: Any, carry: Any, xs: Any, *, length: int, reverse: bool, unroll: Any) -> Any:
+    """A scan as a loop: its layers have buffers of different sizes."""
+    rows, states = xs
+    entry = lambda s, i: s["layers"][i] if is_ragged(s) else jax.tree.map(lambda x: x[i], s)
+    ys: list[Any] = [None] * length
+    for i in reversed(range(length)) if reverse else range(length):
+        carry, ys[i] = step(carry, ([x[i] for x in rows], [entry(s, i) for s in states]))
+    stack = lambda *parts: jnp.stack(parts)
+    out = jax.tree.map(stack, *(y for y, _ in ys))
+    after = [
+        {"layers": [s[j] for _, s in ys]} if is_ragged(state) else jax.tree.map(stack, *(s[j] for _, s in ys))
+        for j, state in enumerate(states)
+    ]
+    return carry, (out, after)
 
 
 def _lost(run: CacheRun, eqn: compat.Eqn, cell: Cell, value: Any) -> None:

@@ -34,19 +34,54 @@ class Working:
     how: str
 
 
+def fitted(method: Method, group: Group, layer: int = 0, layers: int = 1) -> Method:
+    """The method for a group: its share of the budget, and no selector where every token has room."""
+    selector = method.selector
+    if selector is None:
+        return method
+    if layers > 1 and selector.layers is not None:
+        share = selector.tokens(group.length, layer, layers)
+        selector = dataclasses.replace(selector, budget=share, layers=None)
+        method = dataclasses.replace(method, selector=selector)
+    counts = [selector.tokens(group.length, i, group.layers) for i in range(group.layers)]
+    if min(counts) < group.length:
+        return method
+    kept = {"residual": max(selector.recent, method.residual), "sinks": max(selector.sinks, method.sinks)}
+    return dataclasses.replace(method, selector=None, **kept)
+
+
+def check(method: Method, group: Group) -> None:
+    """Raises where the method can't keep caches of this geometry."""
+    if method.selector is not None:
+        slots.check(method, group)
+
+
 def shapes(method: Method, group: Group) -> Any:
-    """The buffers of a group, as shapes."""
-    kind = direct if method.selector is None else slots
-    lead = (*group.stack, group.batch)
-    return jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct((*lead, *s.shape), s.dtype), kind.init(method, group)
+    """The buffers of a group, as shapes. Layers of different sizes are a list."""
+    stacked = lambda tree, lead: jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct((*lead, group.batch, *s.shape), s.dtype), tree
     )
+    if method.selector is None:
+        return stacked(direct.init(method, group), group.stack)
+    layers = [slots.sizes(method, group, i, group.layers) for i in range(group.layers)]
+    if len(set(layers)) == 1:
+        return stacked(slots.init(method, group, layers[0]), group.stack)
+    return {"layers": [stacked(slots.init(method, group, size), ()) for size in layers]}
 
 
 def empty(method: Method, group: Group) -> Any:
     """The buffers of a group, with nothing in them."""
-    kind = direct if method.selector is None else slots
-    return kind.empty(shapes(method, group))
+    found = shapes(method, group)
+    if method.selector is None:
+        return direct.empty(found)
+    if "layers" in found:
+        return {"layers": list(map(slots.empty, found["layers"]))}
+    return slots.empty(found)
+
+
+def is_ragged(arrays: Any) -> bool:
+    """Whether the layers of a stack have buffers of different sizes."""
+    return isinstance(arrays, dict) and "layers" in arrays
 
 
 def nbytes(method: Method, group: Group) -> int:
@@ -78,12 +113,15 @@ def working(
     return Working(rows, None, None, new, at, how)
 
 
-def absorb(method: Method, group: Group, arrays: Any, w: Working, stats: Any) -> Any:
-    """The buffers with the new rows stored."""
+def absorb(
+    method: Method, group: Group, arrays: Any, w: Working, stats: Any, queries: Any = None
+) -> Any:
+    """The buffers with the new rows stored; for a selector, what it looks at."""
     batched = 0 if w.at.ndim == 2 else None
     if method.selector is not None:
-        keep = lambda a, r, n, p, s: slots.absorb(method, group, a, r, n, p, w.how, s)
-        return jax.vmap(keep, (0, 0, 0, batched, 0))(arrays, w, w.new, w.at, stats)
+        total = w.at.shape[-1]
+        keep = lambda a, r, p, v, s, q: slots.absorb(method, group, a, r, p, v, s, q, total)
+        return jax.vmap(keep)(arrays, w.rows, w.positions, w.live, stats, queries)
     if group.grows:
         arrays = _lengthen(method, group, arrays, w.new[0].shape[2])
     keep = lambda a, r, n, p: direct.absorb(method, group, a, r, n, p, w.how)

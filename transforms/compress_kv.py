@@ -1,0 +1,54 @@
+"""`sx.compress_kv`: KV caches in less memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from .kv import CompressKV, Method
+from .transform import Applicable
+
+
+@dataclasses.dataclass(frozen=True)
+class KVTransform(Applicable, CompressKV):
+    """See `compress_kv`."""
+
+    __repr__ = CompressKV.__repr__
+
+
+def compress_kv(rules: Method | Mapping[str, Method | None]) -> KVTransform:
+    """Keeps the KV caches of a model compressed.
+
+    Args:
+      rules: a method for every cache (see `stowax.recipes`), or patterns with a method each, None to keep:
+        ``{"layers/0/": None, "": sx.recipes.kv4()}``. A pattern is a regular expression searched in the path that
+        the leaves of an attention's cache have in common (``layers/0/k+v``); the first one found decides.
+
+    Returns:
+      A transform: ``compress_kv(...)(step, params=0, cache=2)`` is a `Transformed` whose cache argument and result are
+      what ``fast.init_cache(shapes)`` gives.
+
+    Raises:
+      TypeError: `rules` is no method.
+
+    Example:
+      >>> fast = sx.compress_kv(sx.recipes.kivi(bits=2))(step, params=0, cache=2)
+      >>> cache = fast.init_cache(jax.eval_shape(lambda: init_cache(1, 32_768)))
+      >>> logits, cache = jax.jit(fast)(params, tokens, cache)
+    """
+    if isinstance(rules, Method):
+        rules = {"": rules}
+    if not isinstance(rules, Mapping):
+        raise TypeError(
+            f"`rules` is {type(rules).__name__}; expected a recipe such as `sx.recipes.kivi(bits=2)`, or a mapping of "
+            "patterns to recipes"
+        )
+    for pattern, method in rules.items():
+        if not isinstance(method, (Method, type(None))):
+            raise TypeError(f"`rules[{pattern!r}]` is {type(method).__name__}; expected a recipe or None")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"`rules` has {pattern!r}, which is no regular expression: {error}") from None
+    return KVTransform(tuple(rules.items()))

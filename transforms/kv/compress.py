@@ -1,0 +1,215 @@
+"""`CompressKV`: a rule for each cache, and what `Transformed` does with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..core.program import Program, named_leaves, replace_leaves
+from . import emit, store
+from .find import Caches, can_hold_rows, find
+from .method import Method
+from .report import CacheRow, CacheTable
+from .spec import Group, Stream
+from .state import KVState, Moved, is_state
+
+Rules = tuple[tuple[str, Method | None], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressKV:
+    """See `stowax.transforms.compress_kv`.
+
+    Attributes:
+      rules: pattern and method; the first pattern found in the path of an attention's cache decides.
+    """
+
+    rules: Rules
+
+    def __repr__(self) -> str:
+        rules = ", ".join(f"{p or 'all'}: {m.name if m else 'keep'}" for p, m in self.rules)
+        return f"compress_kv({rules})"
+
+    def claim(self, leaves: Sequence[Any], strict: bool) -> dict[str, Any]:
+        """No weight is taken."""
+        return {}
+
+
+def methods_of(groups: Sequence[Group], rules: Rules) -> dict[str, Method]:
+    """The method of each group that a rule compresses, by the path of its first leaf.
+
+    Groups are layers, in the order in which the program reads them.
+    """
+    found = {}
+    for i, group in enumerate(groups):
+        rule = next((m for pattern, m in rules if re.search(pattern, group.name)), None)
+        if rule is not None:
+            found[group.leaves[0][0]] = store.fitted(rule, group, i, len(groups))
+    return found
+
+
+def chosen(caches: Caches, methods: dict[str, Method]) -> Caches:
+    """Only the groups that a rule compresses."""
+    groups = tuple(g for g in caches.groups if g.leaves[0][0] in methods)
+    leaves = {name for g in groups for name, _, _ in g.leaves}
+    outputs = {leaf: i for leaf, i in caches.outputs.items() if leaf in leaves}
+    return dataclasses.replace(caches, groups=groups, outputs=outputs)
+
+
+def run(program: Program, rules: Rules, strict: bool) -> list[Any]:
+    """The results of a call on compressed caches."""
+    found = find(program, program.caches)
+    methods = methods_of(found.groups, rules)
+    _check(found, rules, methods, strict)
+    caches = chosen(found, methods)
+    leaves = [
+        _usable(leaf, name, caches, methods) for leaf, name in zip(program.leaves, program.caches)
+    ]
+    program = dataclasses.replace(program, leaves=tuple(leaves))
+    return emit.run(program, list(program.caches), caches, methods, strict)
+
+
+def _check(caches: Caches, rules: Rules, methods: dict[str, Method], strict: bool) -> None:
+    for group in caches.groups:
+        method = methods.get(group.leaves[0][0])
+        if method is not None:
+            check_fit(method, group, caches)
+    if not strict:
+        return
+    if not caches.groups:
+        why = "; ".join(f"{r.leaf}: {r.reason}" for r in caches.refused) or "`cache` has no array of rows"
+        raise ValueError(
+            f"no attention over a cache was found ({why}). Check `cache=`, or pass `strict=False` to leave the "
+            "caches as they are."
+        )
+    for pattern, _ in rules:
+        if not any(re.search(pattern, g.name) for g in caches.groups):
+            names = [g.name for g in caches.groups]
+            raise ValueError(
+                f"`rules` has the pattern {pattern!r}, which takes no cache. Caches here are {names[:4]}. "
+                "Mend the pattern, or pass `strict=False`."
+            )
+
+
+def check_fit(method: Method, group: Group, caches: Caches) -> None:
+    """Raises where a method can't keep a group."""
+    escaping = [name for name, _, _ in group.leaves if name in caches.escapes]
+    if method.selector is not None and escaping:
+        raise ValueError(
+            f"{group.name}: its rows or attention weights are also used outside the attention, so tokens can't be "
+            f"evicted. Use a recipe without a selector for it, or keep it with a rule `{{{group.name!r}: None}}`."
+        )
+    store.check(method, group)
+
+
+def _usable(leaf: Any, name: str, caches: Caches, methods: dict[str, Method]) -> Any:
+    """A cache's leaf as the program's own analysis wants it."""
+    group = caches.group_of(name) if name else None
+    if group is None:
+        if is_state(leaf):
+            if getattr(leaf, "guessed", True) or isinstance(leaf, Moved):
+                return jnp.zeros(leaf.shape, leaf.dtype)
+            raise ValueError(f"{name}: the program does not attend to this cache; make it with init_cache(cache, *rest)")
+        return leaf
+    owner = group.leaves[0][0]
+    method = methods[owner]
+    if isinstance(leaf, KVState) and (leaf.group, leaf.method) == (group, method) and name == owner:
+        return leaf
+    if is_state(leaf) and not (isinstance(leaf, KVState) and not leaf.guessed):
+        if name == owner:
+            return KVState(store.empty(method, group), group, method)
+        return leaf
+    if isinstance(leaf, KVState):
+        raise ValueError(
+            f"{name}: this compressed cache was made for another program or method: it is {leaf}, and the call "
+            f"wants {method.name} of {group}. Make it with `fast.init_cache`."
+        )
+    raise ValueError(
+        f"{name}: `cache` holds the model's own array {leaf.dtype}{list(leaf.shape)}; the rewritten function takes a "
+        "compressed cache. Make it once with `fast.init_cache(cache)`."
+    )
+
+
+def init(cache: Any, program: Program, rules: Rules, strict: bool) -> Any:
+    """The compressed cache of a program, empty."""
+    found = find(program, program.caches)
+    methods = methods_of(found.groups, rules)
+    _check(found, rules, methods, strict)
+    return _replaced(cache, found.groups, methods, False)
+
+
+def guess(cache: Any, rules: Rules) -> Any:
+    """The compressed cache by names and shapes alone."""
+    groups = _guess_groups(cache)
+    return _replaced(cache, groups, methods_of(groups, rules), True)
+
+
+def _replaced(cache: Any, groups: Sequence[Group], methods: dict[str, Method], guessed: bool) -> Any:
+    new: dict[str, Any] = {}
+    for name, leaf in named_leaves(cache):
+        new[name] = _zeros(leaf)
+    for group in groups:
+        owner = group.leaves[0][0]
+        method = methods.get(owner)
+        if method is None:
+            continue
+        for name, shape, dtype in group.leaves:
+            new[name] = Moved(owner, shape, dtype)
+        new[owner] = KVState(store.empty(method, group), group, method, guessed)
+    return replace_leaves(cache, new)
+
+
+def _zeros(leaf: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    return leaf
+
+
+def _guess_groups(cache: Any) -> list[Group]:
+    """Pairs of neighbouring leaves of one shape: keys and values, ``[..., B, S, K, H]`` or ``[..., B, K, S, H]``."""
+    leaves = [(n, x) for n, x in named_leaves(cache) if hasattr(x, "shape") and can_hold_rows(x)]
+    groups, i = [], 0
+    while i < len(leaves):
+        (name, x), *rest = leaves[i:]
+        if rest and rest[0][1].shape == x.shape and len(x.shape) >= 3:
+            groups.append(_guess_group(name, rest[0][0], x))
+            i += 1
+        i += 1
+    return groups
+
+
+def _guess_group(key: str, value: str, x: Any) -> Group:
+    shape = tuple(x.shape)
+    stack, inner = (shape[:-4], shape[-4:]) if len(shape) > 4 else ((), shape)
+    batch, *middle, width = inner
+    length = max(middle)
+    heads = 1 if len(middle) == 1 else min(middle)
+    dtype = jnp.dtype(x.dtype).name
+    if _is_value(key) and not _is_value(value):
+        key, value = value, key
+    streams = (Stream(key, (), "key", width, dtype), Stream(value, (), "value", width, dtype))
+    leaves = ((key, shape, dtype), (value, shape, dtype))
+    return Group(leaves, streams, stack, batch, heads, length)
+
+
+def _is_value(name: str) -> bool:
+    return name.rsplit("/", 1)[-1].lower().startswith("v") or "value" in name.lower()
+
+
+def explain(program: Program, rules: Rules) -> CacheTable:
+    """A row for each cache of a program, compressed or not."""
+    found = find(program, program.caches)
+    rows = []
+    methods = methods_of(found.groups, rules)
+    for group in found.groups:
+        method = methods.get(group.leaves[0][0])
+        sites = [s for s in found.sites if s.group == group.name]
+        rows.append(CacheRow.of(group, method, sites))
+    shapes = {n: x for n, x in zip(program.caches, program.leaves) if n}
+    rows += [CacheRow.kept(r.leaf, shapes[r.leaf], r.reason) for r in found.refused]
+    return CacheTable(rows)

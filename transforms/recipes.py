@@ -1,0 +1,86 @@
+"""Named KV methods: each one a point in selector x codec, with the paper that it is from."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from stowax.pallas_kernels.codecs import per_channel, per_token
+
+from .kv import Method, selectors
+
+
+def full() -> Method:
+    """Nothing compressed: the baseline."""
+    return Method("full")
+
+
+def int8() -> Method:
+    """8 bits, a scale for each token and head."""
+    return Method("int8", per_token("int8"), per_token("int8"))
+
+
+def int4(group: int = 32, *, rotate: bool = False, residual: int = 0, sinks: int = 0) -> Method:
+    """4 bits per token in groups of `group`; `rotate` turns rows by a Hadamard matrix first (QuaRot,
+    https://arxiv.org/abs/2404.00456)."""
+    codec = per_token(f"int4-g{group}", rotate=rotate)
+    name = f"{'hadamard-' if rotate else ''}int4-g{group}"
+    return Method(name + _kept(residual, sinks), codec, codec, residual, sinks)
+
+
+def kivi(bits: int = 2, *, group: int = 32, residual: int = 128, sinks: int = 0) -> Method:
+    """KIVI (https://arxiv.org/abs/2402.02750): keys per channel, values per token, the newest tokens in full.
+
+    Differs from the paper: the residual always holds the newest `residual` tokens (there it empties whenever it is
+    full), and zero points are rounded to the grid.
+    """
+    key, value = per_channel(f"int{bits}-asym", group), per_token(f"int{bits}-g{group}-asym")
+    name = f"kivi{bits}{_kept(residual, sinks)}"
+    return Method(name, key, value, residual, sinks, paper="https://arxiv.org/abs/2402.02750")
+
+
+def kv4(*, residual: int = 64, sinks: int = 4) -> Method:
+    """The default at 4 bits: KIVI's layout, the first tokens in full."""
+    key, value = per_channel("int4-asym", 32), per_token("int4-g32-asym")
+    return Method("kv4", key, value, residual, sinks)
+
+
+def kv3(*, residual: int = 128, sinks: int = 4) -> Method:
+    """3 bits on average: keys 4 bits per channel, values 2 bits after a Hadamard rotation."""
+    key, value = per_channel("int4-asym", 32), per_token("lm2-g32", rotate=True)
+    return Method("kv3", key, value, residual, sinks)
+
+
+def kv2(*, residual: int = 128, sinks: int = 4) -> Method:
+    """2 bits on Lloyd-Max levels: keys per channel, values after a Hadamard rotation."""
+    key, value = per_channel("lm2", 32), per_token("lm2-g32", rotate=True)
+    return Method("kv2", key, value, residual, sinks)
+
+
+def select(name: str, budget: int | float, **options: Any) -> Method:
+    """Keeps `budget` tokens for each head, chosen by a selector.
+
+    Args:
+      name: "h2o", "snapkv", "streaming", ...; see `stowax.transforms.kv.selectors.SELECTORS`.
+      budget: tokens, or a fraction of the cache's length (a float).
+      options: of the selector: `recent`, `sinks`, `window`, ...
+    """
+    chosen = selectors.get(name, budget, **options)
+    return Method(f"{name}-{budget}", selector=chosen, paper=selectors.SELECTORS[name][1])
+
+
+def combine(tokens: Method, rows: Method) -> Method:
+    """The tokens of one method, stored as another stores them: ``combine(select("h2o", 256), int4())``.
+
+    Sinks and recent tokens are those of the selector, in the cache's own dtype.
+    """
+    if tokens.selector is None or rows.selector is not None:
+        raise ValueError(
+            f"`tokens` is {tokens.name!r} and `rows` is {rows.name!r}: the first must select tokens, the second not"
+        )
+    name = f"{tokens.name}-{rows.name}"
+    return dataclasses.replace(tokens, name=name, key=rows.key, value=rows.value)
+
+
+def _kept(residual: int, sinks: int) -> str:
+    return (f"-r{residual}" if residual else "") + (f"-s{sinks}" if sinks else "")
