@@ -95,3 +95,33 @@ def _svg(figure: Any) -> str:
     plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def kv_over_bytes(found: Sequence[Variant], baseline: str, key: str) -> str:
+    """Perplexity or accuracy over bytes of cache a token, the full cache as a line, as SVG.
+
+    Points whose names differ only in their budget (``snapkv:0.25``) are one curve.
+    """
+    base = next(v for v in found if v["name"] == baseline)
+    figure, axes = plt.subplots(figsize=(9, 5.5))
+    axes.axhline(base[key], color="#888", lw=1, ls="--")
+    axes.annotate(f"{baseline} cache, {base['bytes_per_token']:,.0f} bytes/token", (0.01, base[key]),
+                  xycoords=("axes fraction", "data"), va="bottom", fontsize=9)  # fmt: skip
+    curves: dict[str, list[Variant]] = {}
+    for v in found:
+        if v["name"] != baseline:
+            curves.setdefault(v["name"].split(":")[0], []).append(v)
+    for i, (name, points) in enumerate(curves.items()):
+        points = sorted(points, key=lambda v: v["bytes_per_token"])
+        x, y = [v["bytes_per_token"] for v in points], [v[key] for v in points]
+        axes.plot(x, y, marker="osD^v"[i // 10 % 5], ms=6, lw=1.2, color=f"C{i % 10}", label=name)
+        if len(points) == 1:
+            axes.annotate(name, (x[0], y[0]), textcoords="offset points", xytext=(7, 5), fontsize=8)
+    if any(len(points) > 1 for points in curves.values()):
+        axes.legend(fontsize=8, ncols=2)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set(xlabel="cache, bytes a token (all layers, scales and buffers counted)", ylabel=key)
+    axes.margins(x=0.1, y=0.1)
+    axes.grid(alpha=0.3, which="both")
+    return _svg(figure)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from stowax.pallas_kernels.codecs import per_channel, per_token
+from stowax.pallas_kernels.codecs import Gear, per_channel, per_token
 
 from .kv import Method, selectors
 
@@ -55,6 +55,24 @@ def kv2(*, residual: int = 128, sinks: int = 4) -> Method:
     """2 bits on Lloyd-Max levels: keys per channel, values after a Hadamard rotation."""
     key, value = per_channel("lm2", 32), per_token("lm2-g32", rotate=True)
     return Method("kv2", key, value, residual, sinks)
+
+
+def gear(bits: int = 4, *, rank: int = 4, outliers: float = 0.02, residual: int = 64) -> Method:
+    """GEAR (https://arxiv.org/abs/2403.05527): few bits, a low-rank and a sparse part for what they miss."""
+    key, value = per_channel(f"int{bits}-asym", 64), per_token(f"int{bits}-g64-asym")
+    parts = lambda inner: Gear(inner, rank, outliers)
+    return Method(
+        f"gear{bits}", parts(key), parts(value), residual, paper="https://arxiv.org/abs/2403.05527"
+    )
+
+
+def think(keep: float = 0.6, *, residual: int = 128) -> Method:
+    """ThinK (https://arxiv.org/abs/2407.21018): the channels of keys that queries meet most; the others are dropped.
+
+    The newest `residual` tokens keep all their channels.
+    """
+    name, paper = f"think-{keep}", "https://arxiv.org/abs/2407.21018"
+    return Method(name, residual=residual, channels=keep, paper=paper)
 
 
 def select(name: str, budget: int | float, **options: Any) -> Method:

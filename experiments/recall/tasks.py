@@ -58,12 +58,12 @@ def multi_key(rng: np.random.Generator, length: int, depth: float, *, pairs: int
 
 
 def variable_tracking(
-    rng: np.random.Generator, length: int, depth: float, *, chains: int = 6, hops: int = 1
+    rng: np.random.Generator, length: int, depth: float, *, chains: int = 4, hops: int = 2
 ) -> Example:
-    """Chains ``x value``, ``y x``, ``z y``: `hops` copies; the value of the last is asked for.
+    """Chains ``x value``, ``y x``, ``z y``: `hops` copies; the last is followed to its value.
 
-    The statements of a chain stand in this order, with filler and other chains between them;
-    the first of the chain asked for is at `depth`.
+    The answer of ``z`` is ``y x value``. The statements of a chain stand in this order, with
+    filler and other chains between them; the first of the chain asked for is at `depth`.
     """
     if hops < 1:
         raise ValueError(f"`hops` must be at least 1, got {hops}.")
@@ -71,7 +71,11 @@ def variable_tracking(
     names = _draw(rng, KEYS, chains * (hops + 1), "chains").reshape(chains, hops + 1)
     sources = np.concatenate([values[:, None], names[:, :-1]], axis=1)
     context = _hide(rng, list(np.stack([names, sources], axis=2)), length, depth)
-    asked = [(_question(name), [v]) for chain, v in zip(names, values) for name in chain[::-1]]
+    asked = [
+        (_question(chain[i]), [*chain[:i][::-1], value])
+        for chain, value in zip(names, values)
+        for i in range(hops, -1, -1)
+    ]
     return _example(context, asked)
 
 
@@ -155,8 +159,9 @@ def _question(key: int) -> list[int]:
 
 
 def _example(context: np.ndarray, asked: Sequence[tuple]) -> Example:
-    (question, answer), *more = [tuple(np.array(x, np.int32) for x in pair) for pair in asked]
-    return Example(np.concatenate([context, question]), answer, context.size, tuple(more))
+    pairs = [(np.array(q, np.int32), np.array(a, np.int32)) for q, a in asked]
+    question, answer = pairs[0]
+    return Example(np.concatenate([context, question]), answer, context.size, tuple(pairs[1:]))
 
 
 def _hide(rng, groups, length: int, depth: float, filler=None) -> np.ndarray:

@@ -7,6 +7,7 @@ from .blocks import BlockCodec as BlockCodec
 from .cast import Cast as Cast
 from .check import validate as validate
 from .fp8 import Fp8 as Fp8
+from .gear import Gear as Gear
 from .gguf_k import Q4_K as Q4_K
 from .gguf_k import Q5_K as Q5_K
 from .gguf_k import Q6_K as Q6_K

@@ -44,8 +44,15 @@ class RowCodec(abc.ABC):
         """The stored rows, ``f32[..., T, D]`` with D = `width`."""
 
     def part_shapes(self, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes of the parts of rows of `shape`."""
-        return jax.eval_shape(self.encode, jax.ShapeDtypeStruct(shape, jnp.float32))
+        """Shapes of the parts of rows ``[..., T, D]`` of `shape`; T may be 0."""
+        *lead, tokens, width = shape
+        one = jax.ShapeDtypeStruct((*lead, max(tokens, self.block), width), jnp.float32)
+        parts = jax.eval_shape(self.encode, one)
+        if tokens:
+            return parts
+        at = len(lead)
+        empty = lambda s: jax.ShapeDtypeStruct((*s.shape[:at], 0, *s.shape[at + 1 :]), s.dtype)
+        return {name: empty(s) for name, s in parts.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Recall tasks, scoring through prefill and decoding, and the model that is shipped."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -30,19 +31,8 @@ def hidden_item(name, example):
     question = example.prompt[example.context_end :]
     if name == "repeated_context":
         return np.concatenate([question, example.answer])
-    if name == "variable_tracking":
-        return np.array([root(example), *example.answer])
-    return np.concatenate([question[-1:], example.answer])
-
-
-def root(example):
-    """Follows the copies from the variable asked for to the one with a value."""
-    context, name = example.prompt[: example.context_end], example.prompt[-1]
-    while True:
-        source = context[np.flatnonzero(context == name)[0] + 1]
-        if source in tasks.VALUES:
-            return name
-        name = source
+    found = np.concatenate([question[-1:], example.answer])
+    return found[-2:] if name == "variable_tracking" else found
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -74,6 +64,17 @@ def test_every_further_question_has_its_answer_in_the_context(name):
             example, prompt=np.concatenate([example.prompt[:LENGTH], question]), answer=answer
         )
         assert positions(again.prompt[:LENGTH], hidden_item(name, again)).size == 1
+
+
+def test_the_answer_of_a_variable_follows_its_chain():
+    example = make("variable_tracking", hops=3)
+    chain = [example.prompt[-1], *example.answer]
+    assert len(chain) == 5
+    assert np.isin(chain, tasks.VALUES).tolist() == [False] * 4 + [True]
+    context = example.prompt[: example.context_end]
+    places = [positions(context, pair).tolist() for pair in itertools.pairwise(chain)]
+    assert all(len(p) == 1 for p in places)
+    assert places == sorted(places, reverse=True)
 
 
 def test_options_reach_the_task():

@@ -33,7 +33,10 @@ def init(method: Method, group: Group) -> Arrays:
     arrays: Arrays = {"main": [], "recent": [], "sinks": []}
     for s in group.streams:
         codec = method.codec(s.role, s.dtype)
-        arrays["main"].append(codec.part_shapes((k, slots, s.width)))
+        width = method.width(s.role, s.width)
+        arrays["main"].append(codec.part_shapes((k, slots, width)))
+        if width < s.width:
+            arrays["channels"] = jax.ShapeDtypeStruct((k, width), jnp.int32)
         row = lambda n, s=s: jax.ShapeDtypeStruct((k, n, s.width), jnp.dtype(s.dtype))
         arrays["recent"].append(row(residual))
         arrays["sinks"].append(row(min(method.sinks, group.length)))
@@ -50,11 +53,15 @@ def empty(shapes: Arrays) -> Arrays:
 
 def rows(method: Method, group: Group, arrays: Arrays) -> list[jax.Array]:
     """What the cache holds: for each stream ``[K, S, D]``."""
+    if not group.length:
+        return [jnp.zeros((group.heads, 0, s.width), s.dtype) for s in group.streams]
     out = []
     at = jnp.where(arrays["recent_at"] < 0, padded(method, group), arrays["recent_at"])
     for i, s in enumerate(group.streams):
         codec = method.codec(s.role, s.dtype)
-        x = codec.decode(arrays["main"][i], s.width).astype(s.dtype)
+        x = codec.decode(arrays["main"][i], method.width(s.role, s.width)).astype(s.dtype)
+        if x.shape[-1] < s.width:
+            x = _spread(x, arrays["channels"], s.width)
         sinks = arrays["sinks"][i]
         if sinks.shape[1]:
             x = x.at[:, : sinks.shape[1]].set(sinks)
@@ -92,17 +99,42 @@ def absorb(
     new: Sequence[jax.Array],
     at: jax.Array,
     how: str,
+    queries: Any = None,
 ) -> Arrays:
     """The buffers after new rows; `placed` are the rows of the cache with them."""
     out = dict(arrays, main=[], recent=[], sinks=[])
+    if "channels" in arrays:
+        out["channels"] = _channels(arrays, new, queries)
     for i, s in enumerate(group.streams):
         codec = method.codec(s.role, s.dtype)
         write = _write_tokens if codec.block == 1 else _write_blocks
-        main = write(codec, arrays["main"][i], placed[i], new[i], at, how)
+        rows, fresh = placed[i], new[i]
+        if method.width(s.role, s.width) < s.width:
+            rows, fresh = (_take(x, out["channels"]) for x in (rows, fresh))
+        main = write(codec, arrays["main"][i], rows, fresh, at, how)
         out["main"].append(main)
         sinks = arrays["sinks"][i]
         out["sinks"].append(placed[i][:, : sinks.shape[1]] if sinks.shape[1] else sinks)
     return out | _recent(arrays, new, at, how)
+
+
+def _channels(arrays: Arrays, new: Sequence[jax.Array], queries: jax.Array) -> jax.Array:
+    """The channels of keys that weigh most in the scores (ThinK, https://arxiv.org/abs/2407.21018); the first call's stay."""
+    old = arrays["channels"]
+    keys = new[0].astype(jnp.float32)
+    score = (queries**2).mean(1) * (keys**2).mean(1)
+    best = jnp.sort(jax.lax.top_k(score, old.shape[1])[1], axis=1)
+    return jnp.where(arrays["count"] == 0, best, old)
+
+
+def _take(x: jax.Array, channels: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, channels[:, None], axis=2)
+
+
+def _spread(x: jax.Array, channels: jax.Array, width: int) -> jax.Array:
+    """Rows with zeros in the channels that were dropped."""
+    hot = (channels[..., None] == jnp.arange(width)).astype(x.dtype)
+    return jnp.einsum("ksc,kcd->ksd", x, hot)
 
 
 def _write_tokens(codec: Any, parts: Any, placed: Any, new: Any, at: Any, how: str) -> Any:

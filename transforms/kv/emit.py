@@ -158,8 +158,7 @@ class Emit(CacheRun):
             return
         store.opened = None
         method = self.method(store)
-        wants = method.selector is not None and method.selector.queries
-        queries = self.queries(opened.found) if wants else None
+        queries = self.queries(opened.found) if method.needs_queries else None
         w = opened.working
         arrays = absorb(method, store.group, opened.arrays, w, opened.stats, queries)
         arrays = jax.lax.stop_gradient(arrays)
@@ -226,17 +225,14 @@ def run(
         cells[name] = Cell(name, shape, leaf.dtype, (), store)
         values.append(cells[name].node())
     out = emit.run(program.jaxpr, values)
+    place = {j: leaf for leaf, j in caches.outputs.items()}
+    out = [v if j in place else emit.array(v, None, "it is a result") for j, v in enumerate(out)]
     for store in stores.values():
         emit.close(store)
-    place = {j: leaf for leaf, j in caches.outputs.items()}
     body, _ = compat.open_jaxpr(program.jaxpr)
     shapes = {leaf: tuple(body.outvars[j].aval.shape) for leaf, j in caches.outputs.items()}
-    finish = lambda j, v: (
-        _returned(stores, caches, place[j], shapes, methods)
-        if j in place
-        else emit.array(v, None, "it is a result")
-    )
-    return [finish(j, v) for j, v in enumerate(out)]
+    returned = lambda leaf: _returned(stores, caches, leaf, shapes, methods)
+    return [returned(place[j]) if j in place else v for j, v in enumerate(out)]
 
 
 def _returned(

@@ -18,6 +18,8 @@ class Method:
       residual: the newest tokens, kept in the cache's own dtype (KIVI's R). At least a block of the codecs.
       sinks: the first tokens, kept in the cache's own dtype.
       selector: which tokens are kept; None for all.
+      channels: the share of each key's channels that is kept, those that queries meet most (ThinK); the first call
+        chooses them, head by head. The newest `residual` tokens keep all.
       paper: where the method is from.
     """
 
@@ -27,6 +29,7 @@ class Method:
     residual: int = 0
     sinks: int = 0
     selector: Any = None
+    channels: float = 1.0
     paper: str = ""
 
     def __post_init__(self) -> None:
@@ -34,6 +37,10 @@ class Method:
             n = getattr(self, field)
             if not isinstance(n, int) or n < 0:
                 raise ValueError(f"`{field}` is {n!r}; expected a number of tokens, 0 or more")
+        if not 0 < self.channels <= 1:
+            raise ValueError(f"`channels` is {self.channels}; expected a share in (0, 1]")
+        if self.channels < 1 and self.selector is not None:
+            raise ValueError(f"`channels` and `selector` are both set in {self.name!r}; give one of them")
         if 0 < self.block - 1 and self.residual < self.block:
             raise ValueError(
                 f"`residual` is {self.residual}, but {self.name!r} encodes {self.block} tokens together: "
@@ -44,6 +51,19 @@ class Method:
                 f"`selector` evicts single tokens, but {self.name!r} encodes {self.block} tokens together: "
                 "use a codec per token, such as `per_token('int4-g32', rotate=True)`"
             )
+
+    @property
+    def encodes(self) -> bool:
+        """Whether rows are stored otherwise than in the cache's own dtype."""
+        return self.key is not None or self.value is not None or self.channels < 1
+
+    def width(self, role: str, width: int) -> int:
+        """Elements of a row that are stored."""
+        return width if role != "key" else max(1, round(self.channels * width))
+
+    @property
+    def needs_queries(self) -> bool:
+        return self.channels < 1 or (self.selector is not None and self.selector.queries)
 
     @property
     def block(self) -> int:

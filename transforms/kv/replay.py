@@ -106,6 +106,7 @@ class Replay:
         if node.op == "concatenate":
             axis = node.eqn.params["dimension"]  # pyright: ignore
             labels[axis] = (Atom(shape_of(x)[axis]),)
+            return jnp.broadcast_to(self.at(x, tuple(labels)), self.shape(tuple(labels)))
         return self.at(x, tuple(labels))
 
     def factor(self, node: Node, i: int) -> jax.Array:

@@ -158,11 +158,25 @@ class CacheRun(Interpreter, Deferral):
         view: View = value.view
         cell = view.cell
         mine, theirs = self.axes.labels(value.labels), self.axes.labels(cell.labels)
-        grown = {w.grown for w in view.writes if w.grown is not None}
+        grown = {self.axes.resolve((w.grown,)) for w in view.writes if w.grown is not None}
         fits = len(mine) == len(theirs) and all(
-            a == b or (len(a) == 1 and a[0] in grown) for a, b in zip(mine, theirs)
+            a == b or a in grown for a, b in zip(mine, theirs)
         )
         return cell if fits and not view.fixed and not view.subs else None
+
+    def result(self, value: Any, where: str) -> Cell | None:
+        """The cell that a result is the whole of, updated as attention read it. Raises Unfit."""
+        cell = self.whole(value)
+        if cell is None:
+            if is_rooted(value) and value.view is not None:
+                self.refuse_at(value, f"a part of it is a result of {where}")
+            return None
+        opened = cell.store.opened
+        found = opened if opened is None or isinstance(opened, Attention) else opened.found
+        for read in () if found is None else found.reads:
+            if read.cell is cell and read.write not in value.view.writes:
+                raise Unfit([cell.name], f"{where} returns it updated otherwise than attention reads it")
+        return cell
 
     def taken(self, value: Any) -> Cell | None:
         """The cell that goes into an inner program whole, nothing pending on it."""
@@ -172,8 +186,11 @@ class CacheRun(Interpreter, Deferral):
         return cell
 
     def refuse(self, value: Any, eqn: compat.Eqn, reason: str) -> None:
+        self.refuse_at(value, reason, compat.where(eqn))
+
+    def refuse_at(self, value: Any, reason: str, where: str = "") -> None:
         names = [n.view.cell.name for n in reads_of(value)]
-        raise Unfit(list(dict.fromkeys(names)), reason, compat.where(eqn))
+        raise Unfit(list(dict.fromkeys(names)), reason, where)
 
     def enter(self, stores: Sequence[Store], arrays: Any) -> None:
         self.scopes.append({})
@@ -190,10 +207,8 @@ class CacheRun(Interpreter, Deferral):
         """Results of an inner program: arrays, and the cells that some of them are."""
         arrays, cells = [], []
         for value in out:
-            cell = self.whole(value)
-            if cell is None and is_rooted(value) and value.view is not None:
-                self.refuse(value, eqn, f"a part of it is a result of `{eqn.primitive.name}`")
-            cells.append(cell if cell is not None else None)
+            cell = self.result(value, f"`{eqn.primitive.name}`")
+            cells.append(cell)
             arrays.append(() if cell is not None else self.array(value, eqn, "it is a result"))
         return arrays, cells
 
@@ -210,6 +225,7 @@ class CacheRun(Interpreter, Deferral):
         before = [store.arrays for store in stores]
         slots = [i for i, v in enumerate(values) if not is_node(v)]
         found: list[list[Cell | None]] = []
+        touched: list[list[bool]] = []
 
         def function(body: Any, arrays: Any, states: Any) -> Any:
             self.enter(stores, states)
@@ -218,12 +234,15 @@ class CacheRun(Interpreter, Deferral):
                 mine[i] = x
             out, cells = self.results(eqn, self.run(body, mine))
             found.append(cells)
+            touched.append([store.opened is not None for store in stores])
             return out, self.leave(stores)
 
         functions = [functools.partial(function, body) for body in bodies]
         out, states = call(functions, [values[i] for i in slots], before)
         if any(cells != found[0] for cells in found):
             self.refuse(next(v for v in values if is_rooted(v)), eqn, "the branches return different caches")
+        if any(flags != touched[0] for flags in touched):
+            self.refuse(next(v for v in values if is_rooted(v)), eqn, "only some branches attend to it")
         for store, state in zip(stores, states):
             store.arrays, store.opened = state, None
         return [c.node((DONE,)) if c is not None else x for x, c in zip(out, found[0])]
@@ -283,6 +302,9 @@ def _no_gradient(name: str) -> Callable[[Any], Any]:
 
 
 def _remat(run: CacheRun, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    if any(is_rooted(v) and v.view is None for v in values):  # a softmax alone: replayed with its attention
+        return run.run(eqn.params["jaxpr"], values)
+
     def call(functions: Any, arrays: Any, states: Any) -> Any:
         again = jax.checkpoint(
             functions[0], policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"]

@@ -38,10 +38,11 @@ class Sizes:
 def sizes(method: Method, group: Group, layer: int, layers: int) -> Sizes:
     s: Selector = method.selector
     kept = s.tokens(group.length, layer, layers)
-    chosen = kept - s.sinks - s.recent
+    recent = s.window(s.tokens(group.length))
+    chosen = kept - s.sinks - recent
     if s.pooled:
-        return Sizes(s.sinks, chosen * group.heads, s.recent, 1)
-    return Sizes(s.sinks, chosen, s.recent, 1 if s.together else group.heads)
+        return Sizes(s.sinks, chosen * group.heads, recent, 1)
+    return Sizes(s.sinks, chosen, recent, 1 if s.together else group.heads)
 
 
 def init(method: Method, group: Group, size: Sizes) -> Arrays:
@@ -112,7 +113,6 @@ def absorb(
 ) -> Arrays:
     """The buffers after a call with `total` new tokens; `rows` are what it attended to."""
     selector: Selector = method.selector
-    k = group.heads
     score = _score(method, group, arrays, rows, positions, live, stats, queries, total)
     n, c, r = (arrays[f"{name}_at"].shape[-1] for name in ("sinks", "main", "recent"))
     at = jnp.where(live, positions, NEVER)
@@ -132,7 +132,6 @@ def absorb(
     candidates = [x[:, n + c : n + c + leaving] for x in rows]
     chosen = pick(method, group, arrays, score[:, n : n + c + leaving],
                   jnp.concatenate([at[:, n : n + c], flow[:, :leaving]], axis=1), candidates)  # fmt: skip
-    del k
     return out | chosen
 
 
@@ -272,12 +271,7 @@ def _heads(x: jax.Array, k: int) -> jax.Array:
 def check(method: Method, group: Group) -> None:
     """Raises where the budget is less than what is always kept."""
     s: Selector = method.selector
-    kept = s.tokens(group.length)
-    if isinstance(s.budget, float) and s.budget * group.length < s.recent + s.sinks:
-        raise ValueError(
-            f"`budget` {s.budget} of {group.length} tokens is {int(s.budget * group.length)}, but {s.name} always keeps "
-            f"{s.sinks} sinks and {s.recent} recent tokens: raise `budget`, or lower `recent`"
-        )
+    s.check(round(s.budget * group.length) if isinstance(s.budget, float) else s.budget)
     if group.grows:
         raise ValueError(
             f"{group.name}: the program makes this cache longer at each call, so `budget` has no length to hold to; "
@@ -285,4 +279,3 @@ def check(method: Method, group: Group) -> None:
         )
     if s.pooled and group.heads > 127:
         raise ValueError(f"{group.name} has {group.heads} heads; a pooled selector takes up to 127")
-    del kept

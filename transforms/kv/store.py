@@ -46,7 +46,7 @@ def fitted(method: Method, group: Group, layer: int = 0, layers: int = 1) -> Met
     counts = [selector.tokens(group.length, i, group.layers) for i in range(group.layers)]
     if min(counts) < group.length:
         return method
-    kept = {"residual": max(selector.recent, method.residual), "sinks": max(selector.sinks, method.sinks)}
+    kept = {"residual": selector.window(group.length), "sinks": selector.sinks} if method.encodes else {}
     return dataclasses.replace(method, selector=None, **kept)
 
 
@@ -124,8 +124,8 @@ def absorb(
         return jax.vmap(keep)(arrays, w.rows, w.positions, w.live, stats, queries)
     if group.grows:
         arrays = _lengthen(method, group, arrays, w.new[0].shape[2])
-    keep = lambda a, r, n, p: direct.absorb(method, group, a, r, n, p, w.how)
-    return jax.vmap(keep, (0, 0, 0, batched))(arrays, w.rows, w.new, w.at)
+    keep = lambda a, r, n, p, q: direct.absorb(method, group, a, r, n, p, w.how, q)
+    return jax.vmap(keep, (0, 0, 0, batched, 0))(arrays, w.rows, w.new, w.at, queries)
 
 
 def _lengthen(method: Method, group: Group, arrays: Any, rows: int) -> Any:

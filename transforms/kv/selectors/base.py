@@ -46,7 +46,7 @@ class Selector:
     Attributes:
       name: of the method.
       budget: tokens kept for each head, sinks and recent ones counted; a float is a fraction of the cache's length.
-      recent: newest tokens that are always kept.
+      recent: newest tokens that are always kept; a float is a fraction of those kept.
       sinks: first tokens that are always kept.
       score: ``Seen -> f32[K, W]``, higher is kept.
       statistic: ``(weights f32[B, K, T, G, C], places int32[T], T) -> f32[B, K, C]``, summed over blocks of queries.
@@ -61,7 +61,7 @@ class Selector:
     name: str
     budget: int | float
     score: Callable[[Seen], jax.Array]
-    recent: int = 0
+    recent: int | float = 0
     sinks: int = 0
     statistic: Callable[..., jax.Array] | None = None
     queries: bool = False
@@ -80,11 +80,23 @@ class Selector:
         for field in ("recent", "sinks"):
             if getattr(self, field) < 0:
                 raise ValueError(f"`{field}` is {getattr(self, field)}; expected 0 or more")
-        if not fraction and self.budget < self.recent + self.sinks:
+        if isinstance(self.recent, float) and not self.recent < 1:
+            raise ValueError(f"`recent` is {self.recent}; a fraction must be below 1")
+        if not fraction:
+            self.check(int(self.budget))
+
+    def check(self, tokens: int) -> None:
+        """Raises where `tokens` have no room for what is always kept."""
+        always = self.window(tokens) + self.sinks
+        if tokens < always:
             raise ValueError(
-                f"`budget` is {self.budget} tokens, but {self.name} always keeps {self.sinks} sinks and "
-                f"{self.recent} recent tokens: give it at least {self.recent + self.sinks}"
+                f"`budget` is {tokens} tokens, but {self.name} always keeps {self.sinks} sinks and "
+                f"{self.window(tokens)} recent tokens: give it at least {always}, or lower `recent`"
             )
+
+    def window(self, tokens: int) -> int:
+        """Recent tokens that are always kept, of a budget of `tokens`."""
+        return int(self.recent * tokens) if isinstance(self.recent, float) else self.recent
 
     @property
     def needs_attention(self) -> bool:
@@ -93,10 +105,10 @@ class Selector:
     def tokens(self, length: int, layer: int = 0, layers: int = 1) -> int:
         """Tokens kept for each head, of a cache with room for `length`."""
         n = self.budget * length if isinstance(self.budget, float) else self.budget
+        fixed = self.window(round(n)) + self.sinks
         if self.layers is not None:
-            fixed = self.recent + self.sinks
             n = fixed + (n - fixed) * self.layers(layer, layers)
-        return min(length, max(round(n), self.recent + self.sinks))
+        return min(length, max(round(n), fixed))
 
 
 def received(weights: jax.Array, places: jax.Array, total: int) -> jax.Array:
