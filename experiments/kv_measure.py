@@ -92,7 +92,9 @@ def decode_nll(step: Callable, params: Any, windows: jax.Array, cache: Any) -> j
 def cut(tokens: Sequence[int], count: int, length: int) -> np.ndarray:
     """`count` windows ``int32[count, length]`` from the start of a text, one after another."""
     if len(tokens) < count * length:
-        raise ValueError(f"`windows` x `length` is {count * length}, but the text has {len(tokens)} tokens")
+        raise ValueError(
+            f"`windows` x `length` is {count * length}, but the text has {len(tokens)} tokens"
+        )
     return np.asarray(tokens[: count * length], np.int32).reshape(count, length)
 
 
@@ -117,10 +119,14 @@ def _last(out: Any) -> Any:
     return jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32), cache
 
 
-def _prompt(tokenizer: Any, text: Sequence[int], depth: float, number: str) -> tuple[list[int], list[int]]:
+def _prompt(
+    tokenizer: Any, text: Sequence[int], depth: float, number: str
+) -> tuple[list[int], list[int]]:
     at = int(depth * len(text))
     fact = tokenizer.encode(f"\nThe secret number is {number}.\n")
-    question = tokenizer.encode("\nQuestion: What is the secret number?\nAnswer: The secret number is")
+    question = tokenizer.encode(
+        "\nQuestion: What is the secret number?\nAnswer: The secret number is"
+    )
     return [*text[:at], *fact, *text[at:]], question
 
 

@@ -32,7 +32,9 @@ METHODS: dict[str, Callable[[], Method]] = {
 
 
 def get(name: str) -> Method:
-    """A method by name: one of `METHODS`, ``selector:budget`` (``snapkv:0.25``), or two joined by ``+`` (``h2o:256+int8``).
+    """A method by name.
+
+    One of `METHODS`, ``selector:budget`` (``snapkv:0.25``), or two joined by ``+`` (``h2o:256+int8``).
 
     Raises:
       ValueError: no method has this name.
@@ -45,5 +47,7 @@ def get(name: str) -> Method:
         return recipes.select(selector, float(budget) if "." in budget else int(budget))
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=3)
-        raise ValueError(f"unknown method {name!r}; near ones: {near}. All: {list(METHODS)}, selector:budget, a+b")
+        raise ValueError(
+            f"unknown method {name!r}; near ones: {near}. All: {list(METHODS)}, selector:budget, a+b"
+        )
     return METHODS[name]()

@@ -3,9 +3,9 @@
   python -m stowax.experiments.kv_quality --methods=int8,kv4,kv3,kv2,h2o:0.25
   python -m stowax.experiments.kv_quality --recall --methods=snapkv:64,streaming:64,random:64,kv2
 
-Without --recall: SmolLM2's perplexity in decode mode, every token scored through the compressed cache. With it: accuracy
-of the small model in ``experiments/recall`` on tasks with known answers. Writes ``report.json`` and ``report.html``
-(a table and one plot, quality over bytes a token) under --out; run again, it goes on where it stopped.
+Without --recall: SmolLM2's perplexity in decode mode, every token scored through the compressed cache. With it:
+accuracy of the small model in ``experiments/recall`` on tasks with known answers. Writes ``report.json`` and
+``report.html`` (a table and one plot, quality over bytes a token) under --out; run again, it goes on where it stopped.
 
 Expected: int8 equal to the full cache; kv4 within 0.2 %, kv3 within 1 %, kv2 within 3 %.
 """
@@ -73,7 +73,10 @@ def text(names: list[str], out: Path) -> None:
     page = pictures.page(
         "KV caches in fewer bytes",
         lead,
-        [("Figures", pictures.table(HEADER, rows, kv_methods.BASELINE)), ("Quality over bytes", plot)],
+        [
+            ("Figures", pictures.table(HEADER, rows, kv_methods.BASELINE)),
+            ("Quality over bytes", plot),
+        ],
     )
     (out / "report.html").write_text(page)
     print(text_table(HEADER, rows))

@@ -36,7 +36,10 @@ def run(names: Sequence[str], out: Path, *, length: int, count: int, resume: boo
     page = pictures.page(
         "Recall through compressed caches",
         f"Share of right answer tokens, {count} examples of {length} tokens for each task.",
-        [("Figures", pictures.table(header, rows, kv_methods.BASELINE)), ("Accuracy over bytes", plot)],
+        [
+            ("Figures", pictures.table(header, rows, kv_methods.BASELINE)),
+            ("Accuracy over bytes", plot),
+        ],
     )
     (out / "report.html").write_text(page)
     print(text_table(header, rows))
@@ -44,7 +47,7 @@ def run(names: Sequence[str], out: Path, *, length: int, count: int, resume: boo
 
 def measure(found: Any, name: str, length: int, count: int) -> dict[str, Any]:
     """Accuracies of a method: the context is read in one call, then question and answer."""
-    config, params, functions = found
+    _config, params, functions = found
     fast = sx.compress_kv(kv_methods.get(name))(functions.step, params=0, cache=2)
 
     def init(batch: int, tokens: int) -> Any:

@@ -46,9 +46,13 @@ def compress_kv(rules: Method | Mapping[str, Method | None]) -> KVTransform:
         )
     for pattern, method in rules.items():
         if not isinstance(method, (Method, type(None))):
-            raise TypeError(f"`rules[{pattern!r}]` is {type(method).__name__}; expected a recipe or None")
+            raise TypeError(
+                f"`rules[{pattern!r}]` is {type(method).__name__}; expected a recipe or None"
+            )
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"`rules` has {pattern!r}, which is no regular expression: {error}") from None
+            raise ValueError(
+                f"`rules` has {pattern!r}, which is no regular expression: {error}"
+            ) from None
     return KVTransform(tuple(rules.items()))

@@ -40,21 +40,23 @@ def kivi(bits: int = 2, *, group: int = 32, residual: int = 128, sinks: int = 0)
 
 
 def kv4(*, residual: int = 64, sinks: int = 4) -> Method:
-    """The default at 4 bits: KIVI's layout, the first tokens in full."""
-    key, value = per_channel("int4-asym", 32), per_token("int4-g32-asym")
-    return Method("kv4", key, value, residual, sinks)
+    """The default at 4 bits: Lloyd-Max levels, keys per channel, values after a Hadamard rotation."""
+    return _levels("kv4", 4, 4, residual, sinks)
 
 
 def kv3(*, residual: int = 128, sinks: int = 4) -> Method:
-    """3 bits on average: keys 4 bits per channel, values 2 bits after a Hadamard rotation."""
-    key, value = per_channel("int4-asym", 32), per_token("lm2-g32", rotate=True)
-    return Method("kv3", key, value, residual, sinks)
+    """3 bits on average: as `kv4`, values in 2 bits."""
+    return _levels("kv3", 4, 2, residual, sinks)
 
 
 def kv2(*, residual: int = 128, sinks: int = 4) -> Method:
-    """2 bits on Lloyd-Max levels: keys per channel, values after a Hadamard rotation."""
-    key, value = per_channel("lm2", 32), per_token("lm2-g32", rotate=True)
-    return Method("kv2", key, value, residual, sinks)
+    """2 bits: as `kv4`, keys and values in 2 bits."""
+    return _levels("kv2", 2, 2, residual, sinks)
+
+
+def _levels(name: str, key: int, value: int, residual: int, sinks: int) -> Method:
+    codec = per_token(f"lm{value}-g32", rotate=True)
+    return Method(name, per_channel(f"lm{key}", 32), codec, residual, sinks)
 
 
 def gear(bits: int = 4, *, rank: int = 4, outliers: float = 0.02, residual: int = 64) -> Method:

@@ -65,7 +65,12 @@ class Gear(RowCodec):
         left, right = low_rank(rest - self.inner.decode(codes, d), self.rank)
         half = lambda v: v.astype(jnp.float16)
         fold = {f"code_{k}": v.reshape(*x.shape[:-2], -1) for k, v in codes.items()}
-        return fold | {"apart": half(values), "place": places, "left": half(left), "right": half(right)}
+        return fold | {
+            "apart": half(values),
+            "place": places,
+            "left": half(left),
+            "right": half(right),
+        }
 
     def decode(self, parts: Parts, width: int) -> jax.Array:
         lead = parts["left"].shape[:-2]
@@ -80,7 +85,11 @@ class Gear(RowCodec):
 
     def _count(self, length: int) -> int:
         """Entries of a vector that are stored apart at each end."""
-        return round(self.outliers * length / 2) if self.outliers == 0 else max(1, round(self.outliers * length / 2))
+        return (
+            round(self.outliers * length / 2)
+            if self.outliers == 0
+            else max(1, round(self.outliers * length / 2))
+        )
 
     def _outliers(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The extreme entries in their places, their values and places ``[..., vectors, 2 * count]``."""

@@ -96,7 +96,9 @@ class LloydMax(GroupCodec):
     def load(self, parts: Parts) -> Params:
         return {k: v.astype(jnp.float32)[..., None] for k, v in parts.items()}
 
-    def _refit(self, groups: jax.Array, there: jax.Array, count: jax.Array, params: Params) -> Params:
+    def _refit(
+        self, groups: jax.Array, there: jax.Array, count: jax.Array, params: Params
+    ) -> Params:
         """Mean and scale by least squares for the codes that `params` give."""
         unit = {"scale": jnp.ones_like(params["scale"]), "mean": jnp.zeros_like(params["mean"])}
         level = self.values(self.codes(groups, params), unit) * there

@@ -1,8 +1,8 @@
 """How rows of a KV cache are stored: a codec, and what one of its groups covers.
 
-Rows are ``[..., T, D]``: T tokens, D elements each. `PerToken` groups along the row, `PerChannel` groups the same element of
-`block` consecutive tokens (KIVI's keys: channels have outliers that stay in their channel). Every part keeps the
-leading axes and has ``T / block`` entries next, so that a cache is written block by block.
+Rows are ``[..., T, D]``: T tokens, D elements each. `PerToken` groups along the row, `PerChannel` groups the same
+element of `block` consecutive tokens (KIVI's keys: channels have outliers that stay in their channel). Every part
+keeps the leading axes and has ``T / block`` entries next, so that a cache is written block by block.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ class PerChannel(RowCodec):
 
     def encode(self, rows: jax.Array) -> Parts:
         *lead, t, d = rows.shape
-        return self.codec.encode(rows.reshape(*lead, t // self.tokens, self.tokens, d).swapaxes(-1, -2))
+        return self.codec.encode(
+            rows.reshape(*lead, t // self.tokens, self.tokens, d).swapaxes(-1, -2)
+        )
 
     def decode(self, parts: Parts, width: int) -> jax.Array:
         blocks = self.codec.decode(parts, self.tokens).swapaxes(-1, -2)

@@ -117,7 +117,14 @@ THRESHOLDS = {
 @pytest.mark.parametrize("name", ALL)
 def test_the_shipped_model_recalls(shipped, name):
     batch = recall.batch(name, 11, 32, 256)
-    step, init = shipped.functions.step, shipped.functions.init_cache
+    step = shipped.functions.step
+
+    def init(batch, length):
+        assert length <= 272
+        return shipped.functions.init_cache(
+            batch, 272
+        )  # of one length: compiled once for all tasks
+
     assert recall.score(step, shipped.params, init, batch).token >= THRESHOLDS[name]
 
 
@@ -125,7 +132,7 @@ def test_chunks_of_the_context_make_no_difference(shipped):
     step, init = shipped.functions.step, shipped.functions.init_cache
     options = {"names": ["passkey"], "length": LENGTH, "count": 8}
     whole = recall.score_all(step, shipped.params, init, **options)
-    assert recall.score_all(step, shipped.params, init, prefill_chunk=40, **options) == whole
+    assert recall.score_all(step, shipped.params, init, prefill_chunk=48, **options) == whole
 
 
 @pytest.mark.parametrize("when", ["context", "question"])
@@ -179,7 +186,7 @@ def test_wrong_options_of_score_are_named(options, message):
 
 def test_saved_weights_come_back(tmp_path):
     config = dataclasses.replace(model.CONFIG, dim=8, layers=2, ffn_dim=8, tied=False)
-    params = models.init_params(config, 1)
+    params = jax.tree.map(lambda s: np.full(s.shape, 0.3), models.llama.param_shapes(config))
     recall.save(tmp_path / "w.safetensors", config, params)
     again = recall.load(tmp_path / "w.safetensors")
     assert again.config == config

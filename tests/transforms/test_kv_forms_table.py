@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.transforms import kv_outside
 from tests.transforms.kv_forms import FORMS, Form, embeddings, reference, run
 
 BY_NAME = {form.name: form for form in FORMS}
@@ -142,19 +141,3 @@ def test_equals_the_reference(name):
     form = BY_NAME[name]
     want = reference(form.params, jnp.concatenate(embeddings(), 1), form.plain)
     close(name, np.concatenate(plain_outputs(name), 1), want)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("build", kv_outside.OUTSIDE)
-def test_outside_models(build):
-    """The same of decoders that others wrote, where their packages are installed."""
-    try:
-        form = build()
-    except ImportError as e:
-        pytest.skip(str(e))
-    BY_NAME[form.name] = form
-    plain = np.concatenate(plain_outputs(form.name), 1)
-    close(form.name, np.concatenate(outputs(form, one_by_one(form)), 1), plain)
-    other = np.concatenate(outputs(form, changed(form, -2, -1)), 1)
-    close(form.name, other[:, :-2], plain[:, :-2])
-    assert np.abs(other[:, -1] - plain[:, -1]).max() > 1e-4

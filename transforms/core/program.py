@@ -19,7 +19,6 @@ from stowax.pallas_kernels.codecs import Packed
 from . import compat
 
 
-
 class Stored:
     """A leaf that stands for an array of `shape` and `dtype` and holds something else (see ``kv.state``)."""
 

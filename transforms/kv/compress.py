@@ -82,7 +82,10 @@ def _check(caches: Caches, rules: Rules, methods: dict[str, Method], strict: boo
     if not strict:
         return
     if not caches.groups:
-        why = "; ".join(f"{r.leaf}: {r.reason}" for r in caches.refused) or "`cache` has no array of rows"
+        why = (
+            "; ".join(f"{r.leaf}: {r.reason}" for r in caches.refused)
+            or "`cache` has no array of rows"
+        )
         raise ValueError(
             f"no attention over a cache was found ({why}). Check `cache=`, or pass `strict=False` to leave the "
             "caches as they are."
@@ -114,7 +117,9 @@ def _usable(leaf: Any, name: str, caches: Caches, methods: dict[str, Method]) ->
         if is_state(leaf):
             if getattr(leaf, "guessed", True) or isinstance(leaf, Moved):
                 return jnp.zeros(leaf.shape, leaf.dtype)
-            raise ValueError(f"{name}: the program does not attend to this cache; make it with init_cache(cache, *rest)")
+            raise ValueError(
+                f"{name}: the program does not attend to this cache; make it with init_cache(cache, *rest)"
+            )
         return leaf
     owner = group.leaves[0][0]
     method = methods[owner]
@@ -149,19 +154,34 @@ def guess(cache: Any, rules: Rules) -> Any:
     return _replaced(cache, groups, methods_of(groups, rules), True)
 
 
-def _replaced(cache: Any, groups: Sequence[Group], methods: dict[str, Method], guessed: bool) -> Any:
+def _replaced(
+    cache: Any, groups: Sequence[Group], methods: dict[str, Method], guessed: bool
+) -> Any:
     new: dict[str, Any] = {}
+    held = {
+        name for group in groups if group.leaves[0][0] in methods for name, _, _ in group.leaves
+    }
     for name, leaf in named_leaves(cache):
-        new[name] = _zeros(leaf)
+        new[name] = leaf if name in held else _zeros(leaf)
     for group in groups:
         owner = group.leaves[0][0]
         method = methods.get(owner)
         if method is None:
             continue
         for name, shape, dtype in group.leaves:
+            _check_empty(name, new[name])
             new[name] = Moved(owner, shape, dtype)
         new[owner] = KVState(store.empty(method, group), group, method, guessed)
     return replace_leaves(cache, new)
+
+
+def _check_empty(name: str, leaf: Any) -> None:
+    if isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)) or not bool(jnp.any(leaf != 0)):
+        return
+    raise ValueError(
+        f"{name}: `cache` already holds rows; the compressed cache begins empty. Pass the model's empty cache or its "
+        "shapes (`jax.eval_shape`), and read the text again through the rewritten function."
+    )
 
 
 def _zeros(leaf: Any) -> Any:

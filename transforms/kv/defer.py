@@ -18,18 +18,20 @@ from ..core import compat
 from .axes import Atom, Axes, Dim, Labels, fresh
 from .expr import Node, View, is_node, is_rooted, shape_of
 
+# fmt: off
 UNARY = (
-    "neg exp exp2 log log1p expm1 tanh logistic sqrt rsqrt integer_pow abs sign floor ceil round "
-    "is_finite not convert_element_type stop_gradient copy copy_p square reduce_precision name erf "
-    "sharding_constraint cbrt"
-).split()
+    "neg", "exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "sqrt", "rsqrt", "integer_pow", "abs",
+    "sign", "floor", "ceil", "round", "is_finite", "not", "convert_element_type", "stop_gradient", "copy", "copy_p",
+    "square", "reduce_precision", "name", "erf", "sharding_constraint", "cbrt",
+)
 NARY = (
-    "add sub mul div max min pow and or xor eq ne lt le gt ge select_n clamp rem add_any "
-    "shift_left shift_right_logical shift_right_arithmetic"
-).split()
+    "add", "sub", "mul", "div", "max", "min", "pow", "and", "or", "xor", "eq", "ne", "lt", "le", "gt", "ge",
+    "select_n", "clamp", "rem", "add_any", "shift_left", "shift_right_logical", "shift_right_arithmetic",
+)
+LAYOUT = frozenset(("broadcast_in_dim", "reshape", "transpose", "squeeze", "slice", "split", "rev"))
+REDUCTIONS = frozenset(("reduce_max", "reduce_min", "reduce_sum", "reduce_and", "reduce_or"))
+# fmt: on
 ELEMENTWISE = frozenset(UNARY + NARY)
-LAYOUT = frozenset("broadcast_in_dim reshape transpose squeeze slice split rev".split())
-REDUCTIONS = frozenset("reduce_max reduce_min reduce_sum reduce_and reduce_or".split())
 INDEX = (ELEMENTWISE - {"exp", "log", "tanh", "erf", "logistic"}) | LAYOUT | {"concatenate"}
 
 Rule = Callable[["Deferral", compat.Eqn, list[Any]], list[Node]]
@@ -304,9 +306,7 @@ def _dot(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> list[Node]:
     labels: list[Dim] = [x[i] for i in batch[side]]
     for s in (0, 1):
         free = [
-            i
-            for i in range(len(shape_of(values[s])))
-            if i not in contract[s] and i not in batch[s]
+            i for i in range(len(shape_of(values[s]))) if i not in contract[s] and i not in batch[s]
         ]
         sizes = [shape_of(values[s])[i] for i in free]
         labels += [x[i] for i in free] if s == side else list(fresh(sizes))

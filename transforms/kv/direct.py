@@ -71,7 +71,9 @@ def rows(method: Method, group: Group, arrays: Arrays) -> list[jax.Array]:
     return out
 
 
-def place(kept: Sequence[jax.Array], new: Sequence[jax.Array], at: Any, how: str) -> list[jax.Array]:
+def place(
+    kept: Sequence[jax.Array], new: Sequence[jax.Array], at: Any, how: str
+) -> list[jax.Array]:
     """The rows of a cache with new rows in their places.
 
     Args:
@@ -119,7 +121,10 @@ def absorb(
 
 
 def _channels(arrays: Arrays, new: Sequence[jax.Array], queries: jax.Array) -> jax.Array:
-    """The channels of keys that weigh most in the scores (ThinK, https://arxiv.org/abs/2407.21018); the first call's stay."""
+    """The channels of keys that weigh most in the scores; those of the first call stay.
+
+    ThinK, https://arxiv.org/abs/2407.21018.
+    """
     old = arrays["channels"]
     keys = new[0].astype(jnp.float32)
     score = (queries**2).mean(1) * (keys**2).mean(1)

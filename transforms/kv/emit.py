@@ -43,7 +43,14 @@ class Opened:
 class Emit(CacheRun):
     """See the module."""
 
-    def __init__(self, *, strict: bool, caches: Caches, methods: dict[str, Method], recorder: Recorder | None = None):
+    def __init__(
+        self,
+        *,
+        strict: bool,
+        caches: Caches,
+        methods: dict[str, Method],
+        recorder: Recorder | None = None,
+    ):
         super().__init__(strict=strict, recorder=recorder)
         self.caches, self.methods = caches, methods
 
@@ -166,7 +173,9 @@ class Emit(CacheRun):
             index = self.array(opened.found.index[1])
             stack = opened.found.reads[0].cell.stack
             arrays = jax.tree.map(
-                lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, index, 0), store.arrays, arrays
+                lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, index, 0),
+                store.arrays,
+                arrays,
             )
             assert not stack or len(stack) < len(store.group.stack)
         store.arrays = arrays
@@ -190,7 +199,12 @@ class Emit(CacheRun):
 
 def _is_read(x: Any, read: Node) -> bool:
     """Whether `x` is what was read, through casts and layout alone."""
-    while is_rooted(x) and x is not read and x.view is None and x.op in ("convert_element_type", *LAYOUT):
+    while (
+        is_rooted(x)
+        and x is not read
+        and x.view is None
+        and x.op in ("convert_element_type", *LAYOUT)
+    ):
         x = x.inputs[0]
     return x is read
 

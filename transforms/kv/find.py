@@ -84,7 +84,8 @@ def find(program: Program, names: Sequence[str]) -> Caches:
             outputs = _probe(probe, program, names, refused)
         except Unfit as error:
             new = [leaf for leaf in error.leaves if leaf not in refused]
-            assert new, str(error)
+            if not new:
+                raise RuntimeError(f"a leaf is refused twice: {error}") from error
             refused.update(dict.fromkeys(new, error.reason))
             continue
         lost = _check(probe, outputs, refused)
@@ -130,9 +131,7 @@ def _probe(
 
     def run(arrays: list[Any]) -> None:
         given = dict(zip(plain, arrays))
-        values = [
-            given[i] if i in given else cells[name].node() for i, name in enumerate(names)
-        ]
+        values = [given[i] if i in given else cells[name].node() for i, name in enumerate(names)]
         for j, value in enumerate(probe.run(program.jaxpr, values)):
             cell = probe.result(value, "the program")
             if cell is not None and (value.view.writes or cell.store.opened is not None):
@@ -147,9 +146,7 @@ def _probe(
 
 
 def can_hold_rows(leaf: Any) -> bool:
-    return (
-        not is_packed(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating) and len(leaf.shape) >= 2
-    )
+    return not is_packed(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating) and len(leaf.shape) >= 2
 
 
 def _group(found: Attention) -> Group:

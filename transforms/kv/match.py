@@ -128,7 +128,10 @@ def match(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Attention:
     side = 0 if len(walk(values[0])) >= len(walk(values[1])) else 1
     weights = {a for d in run.axes.labels(labels_of(values[side])) for a in d}
     streams = _streams(run, nodes, side)
-    reads = [_read(run, node, role, token, weights, discriminating) for node, role, discriminating in streams]
+    reads = [
+        _read(run, node, role, token, weights, discriminating)
+        for node, role, discriminating in streams
+    ]
     found = [_positions(run, read, token) for read in reads]
     for start, _ in found[1:]:
         if not same_start(run, start, found[0][0]):
@@ -158,7 +161,9 @@ def reads_of(x: Any) -> list[Node]:
     return found
 
 
-def _streams(run: Deferral, nodes: list[list[Node]], side: int) -> list[tuple[Node, str, set[Atom]]]:
+def _streams(
+    run: Deferral, nodes: list[list[Node]], side: int
+) -> list[tuple[Node, str, set[Atom]]]:
     """Each view that is read, its role, and the axes whose entry tells it from others of its cache."""
     roles: dict[int, str] = {}
     for s, found in enumerate(nodes):

@@ -40,8 +40,10 @@ class Method:
         if not 0 < self.channels <= 1:
             raise ValueError(f"`channels` is {self.channels}; expected a share in (0, 1]")
         if self.channels < 1 and self.selector is not None:
-            raise ValueError(f"`channels` and `selector` are both set in {self.name!r}; give one of them")
-        if 0 < self.block - 1 and self.residual < self.block:
+            raise ValueError(
+                f"`channels` and `selector` are both set in {self.name!r}; give one of them"
+            )
+        if self.block - 1 > 0 and self.residual < self.block:
             raise ValueError(
                 f"`residual` is {self.residual}, but {self.name!r} encodes {self.block} tokens together: "
                 f"keep at least the newest {self.block} tokens unencoded"

@@ -21,7 +21,7 @@ from ..core import compat
 from .axes import Atom, Dim, Labels
 from .defer import ELEMENTWISE
 from .evaluate import Along, Coord, Evaluation
-from .expr import Node, is_node, is_rooted, shape_of
+from .expr import Node, is_rooted, shape_of
 from .match import Attention, Read
 
 SCORE_BYTES = 64 << 20  # of scores in f32; more are made in blocks of queries
@@ -125,9 +125,7 @@ class Replay:
 
     def at(self, x: Any, labels: Labels) -> jax.Array:
         """An array that does not depend on the caches, for axes `labels`."""
-        coords = [
-            None if n == 1 else self.coord(labels, d) for d, n in enumerate(shape_of(x))
-        ]
+        coords = [None if n == 1 else self.coord(labels, d) for d, n in enumerate(shape_of(x))]
         out = Evaluation(len(labels), self.run.array)(x, coords)
         return out if np.ndim(out) else jnp.reshape(out, (1,) * len(labels))
 
@@ -203,9 +201,7 @@ class Replay:
         lead, token = read.lead, self.found.token
         if rows.shape[1] != read.heads:
             rows = jnp.broadcast_to(rows, (rows.shape[0], read.heads, *rows.shape[2:]))
-        x = rows.reshape(
-            *(a.size for a in lead), rows.shape[2], *(a.size for a in read.inner)
-        )
+        x = rows.reshape(*(a.size for a in lead), rows.shape[2], *(a.size for a in read.inner))
         names = [*lead, token, *read.inner]
         order = [names.index(a) for dim in labels for a in dim if a in names]
         x = x.transpose(order)
@@ -253,7 +249,11 @@ class Replay:
         """The values that do not vary along a query axis."""
 
         def visit(node: Node) -> bool:
-            inner = [visit(v) for v in node.inputs if is_rooted(v)] if id(node) not in self.reads else []
+            inner = (
+                [visit(v) for v in node.inputs if is_rooted(v)]
+                if id(node) not in self.reads
+                else []
+            )
             free = all(inner) and all(atom not in dim for dim in self.labels(node))
             if free:
                 self(node)

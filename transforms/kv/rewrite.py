@@ -1,8 +1,8 @@
 """The interpreter that follows caches through a program.
 
-`CacheRun` evaluates a jaxpr with caches held as deferred values (`expr.Node`). Where an attention is complete, `attention`
-is called; where a cache leaves the program, its store takes its place. The two users are `Probe`, which only records
-what is there (`find.py`), and `Emit`, which puts compressed caches in (`emit.py`).
+`CacheRun` evaluates a jaxpr with caches held as deferred values (`expr.Node`). Where an attention is complete,
+`attention` is called; where a cache leaves the program, its store takes its place. The two users are `Probe`, which
+only records what is there (`find.py`), and `Emit`, which puts compressed caches in (`emit.py`).
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ class CacheRun(Interpreter, Deferral):
                 raise LayoutError("it meets a packed weight")
             return self.nodes(eqn, values)
         except LayoutError as error:
-            return super().step(eqn, [self.array(v, eqn, str(error)) if is_node(v) else v for v in values])
+            return super().step(
+                eqn, [self.array(v, eqn, str(error)) if is_node(v) else v for v in values]
+            )
 
     def _plain(self, eqn: compat.Eqn, values: list[Any], name: str) -> list[Any]:
         if name == "iota":
@@ -159,9 +161,7 @@ class CacheRun(Interpreter, Deferral):
         cell = view.cell
         mine, theirs = self.axes.labels(value.labels), self.axes.labels(cell.labels)
         grown = {self.axes.resolve((w.grown,)) for w in view.writes if w.grown is not None}
-        fits = len(mine) == len(theirs) and all(
-            a == b or a in grown for a, b in zip(mine, theirs)
-        )
+        fits = len(mine) == len(theirs) and all(a == b or a in grown for a, b in zip(mine, theirs))
         return cell if fits and not view.fixed and not view.subs else None
 
     def result(self, value: Any, where: str) -> Cell | None:
@@ -175,7 +175,9 @@ class CacheRun(Interpreter, Deferral):
         found = opened if opened is None or isinstance(opened, Attention) else opened.found
         for read in () if found is None else found.reads:
             if read.cell is cell and read.write not in value.view.writes:
-                raise Unfit([cell.name], f"{where} returns it updated otherwise than attention reads it")
+                raise Unfit(
+                    [cell.name], f"{where} returns it updated otherwise than attention reads it"
+                )
         return cell
 
     def taken(self, value: Any) -> Cell | None:
@@ -240,9 +242,13 @@ class CacheRun(Interpreter, Deferral):
         functions = [functools.partial(function, body) for body in bodies]
         out, states = call(functions, [values[i] for i in slots], before)
         if any(cells != found[0] for cells in found):
-            self.refuse(next(v for v in values if is_rooted(v)), eqn, "the branches return different caches")
+            self.refuse(
+                next(v for v in values if is_rooted(v)), eqn, "the branches return different caches"
+            )
         if any(flags != touched[0] for flags in touched):
-            self.refuse(next(v for v in values if is_rooted(v)), eqn, "only some branches attend to it")
+            self.refuse(
+                next(v for v in values if is_rooted(v)), eqn, "only some branches attend to it"
+            )
         for store, state in zip(stores, states):
             store.arrays, store.opened = state, None
         return [c.node((DONE,)) if c is not None else x for x, c in zip(out, found[0])]
@@ -302,7 +308,9 @@ def _no_gradient(name: str) -> Callable[[Any], Any]:
 
 
 def _remat(run: CacheRun, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
-    if any(is_rooted(v) and v.view is None for v in values):  # a softmax alone: replayed with its attention
+    if any(
+        is_rooted(v) and v.view is None for v in values
+    ):  # a softmax alone: replayed with its attention
         return run.run(eqn.params["jaxpr"], values)
 
     def call(functions: Any, arrays: Any, states: Any) -> Any:
@@ -346,7 +354,9 @@ class _Loop:
         for store in (*self.carried, *self.scanned):
             run.close(store)
         if set(map(id, self.carried)) & set(map(id, self.scanned)):
-            run.refuse(carry[0], eqn, "keys are carried by a loop and values scanned, or the reverse")
+            run.refuse(
+                carry[0], eqn, "keys are carried by a loop and values scanned, or the reverse"
+            )
         self.outer = self.carried + self.scanned
         self.inner = [Store(group=s.group) for s in self.outer]
 
@@ -436,14 +446,20 @@ def _unrolled(step: Any, carry: Any, xs: Any, *, length: int, reverse: bool, unr
     stack = lambda *parts: jnp.stack(parts)
     out = jax.tree.map(stack, *(y for y, _ in ys))
     after = [
-        {"layers": [s[j] for _, s in ys]} if is_ragged(state) else jax.tree.map(stack, *(s[j] for _, s in ys))
+        {"layers": [s[j] for _, s in ys]}
+        if is_ragged(state)
+        else jax.tree.map(stack, *(s[j] for _, s in ys))
         for j, state in enumerate(states)
     ]
     return carry, (out, after)
 
 
 def _lost(run: CacheRun, eqn: compat.Eqn, cell: Cell, value: Any) -> None:
-    raise Unfit([cell.name], f"`{eqn.primitive.name}` carries another value on in its place", compat.where(eqn))
+    raise Unfit(
+        [cell.name],
+        f"`{eqn.primitive.name}` carries another value on in its place",
+        compat.where(eqn),
+    )
 
 
 def _given_back(cells: Sequence[Any], arrays: Any) -> list[Any]:

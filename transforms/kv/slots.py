@@ -60,7 +60,10 @@ def init(method: Method, group: Group, size: Sizes) -> Arrays:
     floats = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     arrays |= {"main_at": ints(size.heads, size.chosen), "recent_at": ints(size.recent)}
     arrays |= {"sinks_at": ints(size.sinks)}
-    arrays |= {"main_score": floats(size.heads, size.chosen), "recent_score": floats(k, size.recent)}
+    arrays |= {
+        "main_score": floats(size.heads, size.chosen),
+        "recent_score": floats(k, size.recent),
+    }
     if method.selector.pooled:
         arrays["head"] = jax.ShapeDtypeStruct((size.chosen,), jnp.int8)
     return arrays
@@ -252,7 +255,10 @@ def _pooled(
     main = [jax.tree.map(merge, m, x) for m, x in zip(arrays["main"], codes)]
     head = jnp.concatenate([arrays["head"], jnp.repeat(heads, t)])[keep]
     pick = lambda x: jnp.concatenate(
-        [jnp.take_along_axis(x[:, :c], arrays["head"].astype(jnp.int32)[None], axis=0)[0], x[:, c:].reshape(-1)]
+        [
+            jnp.take_along_axis(x[:, :c], arrays["head"].astype(jnp.int32)[None], axis=0)[0],
+            x[:, c:].reshape(-1),
+        ]
     )[keep]
     return {"main": main, "head": head, "main_at": pick(at)[None], "main_score": pick(score)[None]}
 

@@ -46,7 +46,11 @@ def fitted(method: Method, group: Group, layer: int = 0, layers: int = 1) -> Met
     counts = [selector.tokens(group.length, i, group.layers) for i in range(group.layers)]
     if min(counts) < group.length:
         return method
-    kept = {"residual": selector.window(group.length), "sinks": selector.sinks} if method.encodes else {}
+    kept = (
+        {"residual": selector.window(group.length), "sinks": selector.sinks}
+        if method.encodes
+        else {}
+    )
     return dataclasses.replace(method, selector=None, **kept)
 
 
@@ -132,7 +136,9 @@ def _lengthen(method: Method, group: Group, arrays: Any, rows: int) -> Any:
     """Buffers for a cache of more tokens."""
     longer = dataclasses.replace(group, length=group.length + rows)
     want = jax.tree.map(
-        lambda s: (group.batch, *s.shape), direct.init(method, longer), is_leaf=lambda s: hasattr(s, "shape")
+        lambda s: (group.batch, *s.shape),
+        direct.init(method, longer),
+        is_leaf=lambda s: hasattr(s, "shape"),
     )
     fit = lambda x, shape: jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape)])
     flat, tree = jax.tree.flatten(arrays)

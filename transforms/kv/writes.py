@@ -174,7 +174,7 @@ def _scattered_back(run: Any, eqn: Any, values: Any, columns: dict[int, int], wi
     base, part = view_of(x), view_of(update)
     if base.cell is not part.cell or part.writes[: len(base.writes)] != base.writes:
         raise LayoutError("a part of another cache is written into it")
-    fixed = {a: i for a, i in part.fixed}
+    fixed = dict(part.fixed)
     for dim in range(x.ndim):
         if dim in window and dim not in columns:
             continue

@@ -73,7 +73,7 @@ class Selector:
 
     def __post_init__(self) -> None:
         fraction = isinstance(self.budget, float)
-        if isinstance(self.budget, bool) or not 0 < self.budget or (fraction and self.budget > 1):
+        if isinstance(self.budget, bool) or not self.budget > 0 or (fraction and self.budget > 1):
             raise ValueError(
                 f"`budget` is {self.budget!r}; expected a number of tokens, or a fraction in (0, 1]"
             )

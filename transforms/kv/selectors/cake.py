@@ -22,7 +22,9 @@ def cake(
 ) -> Selector:
     layers = shares(tuple(preferences)) if preferences else None
     statistic = mean_and_variance(window, gamma)
-    return Selector("cake", budget, smoothed(kernel), recent=window, statistic=statistic, layers=layers)
+    return Selector(
+        "cake", budget, smoothed(kernel), recent=window, statistic=statistic, layers=layers
+    )
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Expected attention (kvpress): what queries of the kind seen so far will attend to, times the size of the value.
 
 For queries with mean mu and covariance C the expected weight of a key is ``exp(k mu / sqrt(d) + k C k / 2d)``. Differs
-from kvpress: mean and covariance are those of this call's queries as they meet the keys, not of queries turned back and on
-by the average of future rotary angles. No attention weights are needed.
+from kvpress: mean and covariance are those of this call's queries as they meet the keys, not of queries turned back
+and on by the average of future rotary angles. No attention weights are needed.
 """
 
 import jax

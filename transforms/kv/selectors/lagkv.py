@@ -1,8 +1,8 @@
 """LagKV (https://arxiv.org/abs/2504.04704): how much a token stands out by the ranges of the tokens that follow.
 
-Each chunk of `lag` tokens is normalized, channel by channel, by the least and greatest value in the next chunk; a token's
-score is the softmax over its chunk of its spread over channels, for keys and for values. A prompt is scored when it
-comes; tokens of its last chunk are the newest.
+Each chunk of `lag` tokens is normalized, channel by channel, by the least and greatest value in the next chunk; a
+token's score is the softmax over its chunk of its spread over channels, for keys and for values. A prompt is scored
+when it comes; tokens of its last chunk are the newest.
 """
 
 import functools

@@ -6,7 +6,9 @@ from .base import Selector
 from .snapkv import snapkv
 
 
-def pyramidkv(budget: int | float, *, beta: float = 20, window: int = 32, kernel: int = 5) -> Selector:
+def pyramidkv(
+    budget: int | float, *, beta: float = 20, window: int = 32, kernel: int = 5
+) -> Selector:
     return snapkv(budget, window=window, kernel=kernel, layers=falling(beta), name="pyramidkv")
 
 

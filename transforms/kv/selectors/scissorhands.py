@@ -11,7 +11,9 @@ DECAY = 0.99
 
 
 def scissorhands(budget: int | float, *, recent: int = 32, sinks: int = 4) -> Selector:
-    return Selector("scissorhands", budget, score, recent=recent, sinks=sinks, statistic=above_average)
+    return Selector(
+        "scissorhands", budget, score, recent=recent, sinks=sinks, statistic=above_average
+    )
 
 
 def above_average(weights, places, total):

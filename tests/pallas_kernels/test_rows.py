@@ -1,0 +1,135 @@
+"""Row codecs: one table of what every one must do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stowax.pallas_kernels import codecs
+from stowax.pallas_kernels.codecs import Gear, hadamard, per_channel, per_token
+
+WIDTH = 64
+# codec, and the relative error that it may make on normal rows
+ROWS = {
+    "int8": (per_token("int8"), 0.01),
+    "int4-g32": (per_token("int4-g32"), 0.12),
+    "hadamard int4": (per_token("int4-g32", rotate=True), 0.12),
+    "int4 per channel": (per_channel("int4-asym", 32), 0.12),
+    "int2 per channel": (per_channel("int2-asym", 32), 0.7),
+    "lm4 per channel": (per_channel("lm4", 32), 0.1),
+    "lm2 hadamard": (per_token("lm2-g32", rotate=True), 0.35),
+    "gear": (Gear(per_channel("int2-asym", 64), rank=4), 0.6),
+    "gear per token": (Gear(per_token("int4-g64"), rank=2), 0.12),
+    "f16": (per_token("f16"), 1e-3),
+}
+every_codec = pytest.mark.parametrize("name", ROWS)
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def error(codec, x):
+    y = codec.decode(codec.encode(x), x.shape[-1])
+    return float(jnp.linalg.norm(y - x) / jnp.linalg.norm(x))
+
+
+@every_codec
+def test_error_shapes_and_leading_axes(name):
+    codec, allowed = ROWS[name]
+    x = normal(2, 3, 128, WIDTH)
+    parts = codec.encode(x)
+    assert all(p.shape[:2] == (2, 3) and p.shape[2] == 128 // codec.block for p in parts.values())
+    shapes = codec.part_shapes(x.shape)
+    assert {k: (s.shape, s.dtype) for k, s in shapes.items()} == {
+        k: (p.shape, p.dtype) for k, p in parts.items()
+    }
+    assert error(codec, x) < allowed
+    one = codec.decode(codec.encode(x[1, 2]), WIDTH)
+    np.testing.assert_allclose(one, codec.decode(parts, WIDTH)[1, 2], atol=1e-5)
+
+
+@every_codec
+def test_blocks_are_independent(name):
+    """A cache is written block by block: the codes of one do not depend on others."""
+    codec, _ = ROWS[name]
+    x = normal(1, 128, WIDTH)
+    block = codec.encode(x[:, : codec.block])
+    whole = codec.encode(x)
+    for key, part in block.items():
+        np.testing.assert_array_equal(part, whole[key][:, :1])
+
+
+@every_codec
+def test_no_tokens(name):
+    codec, _ = ROWS[name]
+    assert all(s.shape[1] == 0 for s in codec.part_shapes((2, 0, WIDTH)).values())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 200), st.integers(0, 2**31))
+def test_hadamard_is_its_own_inverse(width, seed):
+    x = normal(3, width, seed=seed)
+    np.testing.assert_allclose(hadamard(hadamard(x)), x, atol=1e-4)
+    np.testing.assert_allclose(jnp.linalg.norm(hadamard(x)), jnp.linalg.norm(x), rtol=1e-4)
+
+
+def outliers(seed=0):
+    """Rows as keys are: some channels are large in every token."""
+    x = normal(256, WIDTH, seed=seed)
+    return x.at[:, jnp.asarray([3, 17, 40])].mul(12.0).at[:, 8].add(15.0)
+
+
+def test_per_channel_beats_per_token_where_channels_have_outliers():
+    assert error(per_channel("int4-asym", 32), outliers()) < 0.6 * error(
+        per_token("int4-g32"), outliers()
+    )
+
+
+def test_rotation_beats_none_where_channels_have_outliers():
+    x = normal(256, WIDTH).at[:, 5].mul(30.0)
+    assert error(per_token("int4", rotate=True), x) < 0.7 * error(per_token("int4"), x)
+
+
+def test_levels_beat_a_uniform_grid():
+    x = normal(512, WIDTH)
+    for bits in (2, 3, 4):
+        ours, uniform = (error(per_token(f"{c}{bits}-g32"), x) for c in ("lm", "int"))
+        assert ours < (0.75 if bits == 2 else 0.9) * uniform
+
+
+def test_gear_beats_the_code_inside_it():
+    x = outliers()
+    for inner in (per_channel("int2-asym", 64), per_token("int2-g64")):
+        assert error(Gear(inner, rank=4), x) < 0.9 * error(inner, x)
+
+
+def test_gear_stores_a_low_rank_block_nearly_exactly():
+    x = normal(64, 2) @ normal(2, WIDTH, seed=1)
+    assert error(Gear(per_channel("int2-asym", 64), rank=4), x) < 0.1 * error(
+        per_channel("int2-asym", 64), x
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Gear(per_channel("int2", 48)), "`tokens` is 64"),
+        (lambda: Gear(per_token("int4"), rank=0), "`rank` is 0"),
+        (lambda: codecs.get("lm5"), "unknown codec"),
+        (lambda: codecs.LloydMax(bits=7), "`bits` is 7"),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_under_jit_and_vmap():
+    codec = ROWS["lm4 per channel"][0]
+    x = normal(4, 64, WIDTH)
+    want = codec.decode(codec.encode(x), WIDTH)
+    got = jax.jit(jax.vmap(lambda y: codec.decode(codec.encode(y), WIDTH)))(x)
+    np.testing.assert_allclose(got, want, atol=1e-5)

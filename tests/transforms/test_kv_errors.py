@@ -1,0 +1,160 @@
+"""Bad input to `compress_kv`: an error that names the argument and says what to do, or behaviour that is defined."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import stowax as sx
+from stowax import models
+from stowax.pallas_kernels.codecs import per_channel, per_token
+from stowax.transforms.kv import Method
+
+CONFIG = models.LlamaConfig(
+    vocab_size=50, dim=32, layers=2, heads=4, kv_heads=2, head_dim=16, ffn_dim=64
+)
+FUNCTIONS = models.functions(CONFIG)
+PARAMS = models.init_params(CONFIG)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 40)), jnp.int32)
+
+
+def shapes(length=48, functions=FUNCTIONS):
+    return jax.eval_shape(lambda: functions.init_cache(2, length))
+
+
+def applied(method, functions=FUNCTIONS):
+    return sx.compress_kv(method)(functions.step, params=0, cache=2)
+
+
+BAD = {
+    "no recipe": (lambda: sx.compress_kv("kivi"), TypeError, "`rules` is str"),
+    "a rule that is none": (lambda: sx.compress_kv({"k": 4}), TypeError, "rules\\['k'\\]"),
+    "a broken pattern": (lambda: sx.compress_kv({"(": None}), ValueError, "regular expression"),
+    "no cache argument": (
+        lambda: sx.compress_kv(sx.recipes.int8())(FUNCTIONS.step), ValueError, "`cache` is not given"),
+    "two in a chain": (
+        lambda: sx.chain(*[sx.compress_kv(sx.recipes.int8())] * 2)(FUNCTIONS.step, cache=2),
+        ValueError, "two `compress_kv`"),
+    "unknown selector": (lambda: sx.recipes.select("snapkw", 8), ValueError, "snapkv"),
+    "no budget": (lambda: sx.recipes.select("h2o", 0), ValueError, "`budget` is 0"),
+    "a budget above all": (lambda: sx.recipes.select("h2o", 1.5), ValueError, "fraction"),
+    "a budget below the window": (
+        lambda: sx.recipes.select("snapkv", 20, window=32), ValueError, "give it at least 32"),
+    "a fraction below the window": (
+        lambda: applied(sx.recipes.select("snapkv", 0.25)).init_cache(shapes(), PARAMS, TOKENS),
+        ValueError, "give it at least 32"),
+    "a residual below the block": (
+        lambda: Method("k", per_channel("int4", 32), residual=16), ValueError, "`residual` is 16"),
+    "blocks and a selector": (
+        lambda: sx.recipes.combine(sx.recipes.select("h2o", 64), sx.recipes.kivi(2)),
+        ValueError, "per token"),
+    "combined the wrong way": (
+        lambda: sx.recipes.combine(sx.recipes.int8(), sx.recipes.int8()), ValueError, "select tokens"),
+    "channels out of range": (lambda: sx.recipes.think(0.0), ValueError, "`channels` is 0.0"),
+    "a pattern without a cache": (
+        lambda: applied({"nothing": sx.recipes.int8(), "": None}).init_cache(shapes(), PARAMS, TOKENS),
+        ValueError, "takes no cache"),
+    "the model's own cache": (
+        lambda: applied(sx.recipes.int8())(PARAMS, TOKENS, FUNCTIONS.init_cache(2, 48)),
+        ValueError, "init_cache"),
+    "no attention": (
+        lambda: sx.compress_kv(sx.recipes.int8())(lambda p, c: c + p, params=0, cache=1)(
+            jnp.ones(()), jnp.ones((2, 3, 4))), ValueError, "no attention over a cache was found"),
+    "nothing to initialize": (
+        lambda: sx.quantize("int8")(FUNCTIONS.step).init_cache(shapes()), ValueError, "compress_kv"),
+    "more tokens than the cache": (
+        lambda: applied(sx.recipes.int8())(
+            PARAMS, TOKENS, applied(sx.recipes.int8()).init_cache(shapes(32))),
+        ValueError, "holds 32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_cache_of_another_method():
+    cache = applied(sx.recipes.int8()).init_cache(shapes(), PARAMS, TOKENS)
+    with pytest.raises(ValueError, match="made for another program or method"):
+        applied(sx.recipes.int4(16))(PARAMS, TOKENS, cache)
+
+
+def test_a_cache_that_grows_has_no_budget():
+    def step(params, x, cache):
+        k, v = (jnp.concatenate([c, x], axis=1) for c in cache)
+        return jax.nn.softmax(x @ k.swapaxes(1, 2) * params, -1) @ v, (k, v)
+
+    x, cache = jnp.ones((1, 2, 4)), (jnp.zeros((1, 3, 4)), jnp.zeros((1, 3, 4)))
+    fast = sx.compress_kv(sx.recipes.select("streaming", 4, sinks=1))(step, params=0, cache=2)
+    with pytest.raises(ValueError, match="makes this cache longer"):
+        fast.init_cache(cache, 1.0, x)
+
+
+def test_positions_out_of_order_and_written_twice():
+    """A row that is written again replaces the old one, wherever it is held."""
+    for method in (sx.recipes.int8(), sx.recipes.kivi(4, group=8, residual=8), sx.recipes.full(),
+                   sx.recipes.select("streaming", 44)):  # fmt: skip
+        fast = jax.jit(applied(method))
+        cache = applied(method).init_cache(shapes(), PARAMS, TOKENS[:, :1])
+        own = FUNCTIONS.init_cache(2, 48)
+        for start, stop, back in ((0, 20, None), (20, 30, None), (5, 12, 5), (12, 40, None)):
+            if back is not None:
+                cache, own = ({**c, "index": jnp.int32(back)} for c in (cache, own))
+            got, cache = fast(PARAMS, TOKENS[:, start:stop], cache)
+            want, own = FUNCTIONS.step(PARAMS, TOKENS[:, start:stop], own)
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        assert error < (2e-5 if method.name in ("full", "streaming-44") else 0.05), method.name
+
+
+def test_a_row_of_the_batch_that_is_empty():
+    """A batch entry with no visible token gives what the model gives for it; the others are untouched."""
+
+    def step(params, xs, cache):
+        x, mask = xs
+        at = cache["i"]
+        k, v = (jax.lax.dynamic_update_slice(cache[n], x, (0, at, 0)) for n in "kv")
+        scores = jnp.where(mask[:, None], jnp.einsum("btd,bsd->bts", x, k), -1e9)
+        out = jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores, -1), v)
+        return out * params, {"k": k, "v": v, "i": at + x.shape[1]}
+
+    own = {"k": jnp.zeros((2, 16, 4)), "v": jnp.zeros((2, 16, 4)), "i": jnp.int32(0)}
+    x = jax.random.normal(jax.random.key(0), (2, 6, 4))
+    mask = jnp.zeros((2, 16), bool).at[0, :6].set(True)
+    fast = sx.compress_kv(sx.recipes.select("streaming", 12))(step, params=0, cache=2)
+    out, _ = fast(1.0, (x, mask), fast.init_cache(own, 1.0, (x, mask)))
+    np.testing.assert_allclose(out[0], step(1.0, (x, mask), own)[0][0], atol=1e-5)
+    assert np.isfinite(out[1]).all()
+
+
+def test_layers_of_different_budgets_in_a_carry_are_refused():
+    def step(params, x, cache):
+        def layer(carry, i):
+            x, (ks, vs) = carry
+            k, v = (
+                jax.lax.dynamic_update_slice(
+                    jax.lax.dynamic_index_in_dim(c, i, 0, False), x, (0, cache["i"], 0))
+                for c in (ks, vs)
+            )  # fmt: skip
+            ks, vs = (
+                jax.lax.dynamic_update_index_in_dim(c, y, i, 0) for c, y in ((ks, k), (vs, v))
+            )
+            out = jax.nn.softmax(jnp.einsum("btd,bsd->bts", x, k), -1)
+            return (x + jnp.einsum("bts,bsd->btd", out, v) * params, (ks, vs)), None
+
+        (x, (k, v)), _ = jax.lax.scan(layer, (x, (cache["k"], cache["v"])), jnp.arange(3))
+        return x, {"k": k, "v": v, "i": cache["i"] + x.shape[1]}
+
+    own = {"k": jnp.zeros((3, 1, 64, 4)), "v": jnp.zeros((3, 1, 64, 4)), "i": jnp.int32(0)}
+    x = jnp.ones((1, 40, 4))
+    fast = sx.compress_kv(sx.recipes.select("pyramidkv", 40))(step, params=0, cache=2)
+    with pytest.raises(ValueError, match="equal budgets"):
+        fast(1.0, x, fast.init_cache(own, 1.0, x))
+
+
+def test_per_token_codecs_have_no_block():
+    assert dataclasses.replace(Method("a", per_token("int8"))).block == 1

@@ -1,0 +1,305 @@
+"""What every KV method must satisfy, in one table: a new recipe or selector joins by one line."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import stowax as sx
+from stowax import memory_planner, models
+from stowax.pallas_kernels.codecs import per_channel, per_token
+from stowax.transforms.kv import KVState, Method, selectors
+
+CONFIG = models.LlamaConfig(
+    vocab_size=50, dim=32, layers=1, heads=4, kv_heads=2, head_dim=16, ffn_dim=64
+)
+LENGTH = 96
+CODECS = {
+    "full": sx.recipes.full(),
+    "int8": sx.recipes.int8(),
+    "int4": sx.recipes.int4(16),
+    "hadamard-int4": sx.recipes.int4(16, rotate=True, residual=8, sinks=2),
+    "kivi": Method("kivi", per_channel("int2-asym", 8), per_token("int2-g16"), 16, 4),
+    "kv4": sx.recipes.kv4(residual=32),
+    "kv2": sx.recipes.kv2(residual=32),
+    "gear": sx.recipes.gear(4),
+    "think": sx.recipes.think(0.5, residual=16),
+}
+SELECTORS = {name: sx.recipes.select(name, 48) for name in selectors.SELECTORS}
+BOTH = {"h2o-int8": sx.recipes.combine(sx.recipes.select("h2o", 48), sx.recipes.int8())}
+METHODS = CODECS | SELECTORS | BOTH
+# Selectors whose scores are of a row alone: how a text is cut into calls changes nothing.
+BY_ROW = ("streaming", "random", "knorm")
+
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def model(layers=1, **changes):
+    config = dataclasses.replace(CONFIG, layers=layers, **changes)
+    return models.functions(config), models.init_params(config)
+
+
+FUNCTIONS, PARAMS = model()
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, LENGTH)), jnp.int32)
+
+
+def shapes(functions, batch=2, dtype=jnp.float32):
+    return jax.eval_shape(lambda: functions.init_cache(batch, LENGTH, dtype))
+
+
+def made(name, functions=FUNCTIONS, params=PARAMS, batch=2):
+    fast = sx.compress_kv(METHODS[name])(functions.step, params=0, cache=2)
+    token = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    return fast, fast.init_cache(shapes(functions, batch), params, token)
+
+
+def read(fast, params, tokens, cache, cuts):
+    """All logits, and the cache, of a text that is read in calls."""
+    step, out = jax.jit(fast), []
+    for start, stop in zip((0, *cuts), (*cuts, tokens.shape[1])):
+        logits, cache = step(params, tokens[:, start:stop], cache)
+        out.append(logits)
+    return jnp.concatenate(out, axis=1), cache
+
+
+def state(cache):
+    return cache["layers"]["k"]
+
+
+@functools.cache
+def two_calls(name, batch=2):
+    """Logits of a prompt of 60 tokens and of two decode steps, with a compressed cache."""
+    fast, cache = made(name, batch=batch)
+    return np.asarray(read(fast, PARAMS, TOKENS[-batch:, :62], cache, (60, 61))[0])
+
+
+@functools.cache
+def full_attention():
+    return np.asarray(FUNCTIONS.forward(PARAMS, TOKENS[:, :62]))
+
+
+@every_method
+def test_a_prompt_is_exact_and_decoding_close(name):
+    """A prompt is attended to as it is; what is read later is what the method kept."""
+    got, want = two_calls(name), full_attention()
+    np.testing.assert_allclose(got[:, :60], want[:, :60], atol=2e-5)
+    error = np.linalg.norm(got[:, 60:] - want[:, 60:]) / np.linalg.norm(want[:, 60:])
+    assert error < (1e-5 if name == "full" else 0.7)
+    assert (error > 1e-6) == (name != "full")
+
+
+@pytest.mark.parametrize(
+    "name", ["int8", "kivi", "kv2", "think", "h2o", "adakv", "tova", "h2o-int8"]
+)
+def test_batched_equals_single(name):
+    np.testing.assert_allclose(two_calls(name)[1:], two_calls(name, 1), atol=2e-5)
+
+
+def _first(name, batch):
+    return made(name, batch=batch)[0], PARAMS
+
+
+def _cache(name, batch):
+    return made(name, batch=batch)[1]
+
+
+@pytest.mark.parametrize("name", [*CODECS, *BY_ROW])
+def test_how_a_text_is_cut_into_calls_changes_nothing(name):
+    """With one layer keys and values do not depend on what was attended to: the caches must be equal."""
+    if name == "think":
+        pytest.skip("ThinK chooses channels by the queries of the first call")
+    whole = read(*_first(name, 2), TOKENS[:, :80], _cache(name, 2), ())[1]
+    cut = read(*_first(name, 2), TOKENS[:, :80], _cache(name, 2), (40,))[1]
+    for a, b in zip(jax.tree.leaves(_rows(whole)), jax.tree.leaves(_rows(cut)), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=2e-2)
+
+
+def _rows(cache):
+    """Buffers whose order does not depend on the calls."""
+    arrays = state(cache).arrays
+    if "main_at" in arrays:
+        return jnp.sort(arrays["main_at"]), arrays["recent_at"]
+    order = jnp.argsort(arrays["recent_at"], axis=-1)
+    return arrays["sinks"], jnp.take_along_axis(arrays["recent_at"], order, axis=-1)
+
+
+@pytest.mark.parametrize("name", sorted(selectors.SELECTORS))
+@pytest.mark.parametrize("budget", [1.0, LENGTH])
+def test_a_full_budget_is_no_compression(name, budget):
+    """The selector is left out: the same buffers as a full cache's, and the same numbers."""
+    method = sx.recipes.select(name, budget)
+    fast = sx.compress_kv(method)(FUNCTIONS.step, params=0, cache=2)
+    cache = fast.init_cache(shapes(FUNCTIONS), PARAMS, TOKENS[:, :1])
+    full = sx.compress_kv(sx.recipes.full())(FUNCTIONS.step, params=0, cache=2)
+    want = full.init_cache(shapes(FUNCTIONS), PARAMS, TOKENS[:, :1])
+    assert state(cache).method.selector is None
+    assert _layout(state(cache).arrays) == _layout(state(want).arrays)
+    if name == "h2o":
+        got, _ = read(fast, PARAMS, TOKENS[:, :40], cache, (30, 31))
+        expected, _ = read(full, PARAMS, TOKENS[:, :40], want, (30, 31))
+        np.testing.assert_array_equal(got, expected)
+
+
+def _layout(tree):
+    return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+
+@every_method
+def test_bytes_reported_are_those_of_the_buffers(name):
+    functions, params = model(layers=3)
+    fast, cache = made(name, functions, params)
+    token = jnp.zeros((2, 1), jnp.int32)
+    _, after = jax.eval_shape(fast, params, token, cache)
+    buffers = memory_planner.tree_nbytes(state(after).arrays)
+    row = fast.explain(params, token, cache).caches.rows[0]
+    assert state(cache).nbytes == buffers == row.nbytes
+    own = memory_planner.tree_nbytes(shapes(functions)["layers"])
+    assert row.nbytes_before == own
+    if METHODS[name].selector is not None:
+        assert buffers < 0.62 * own
+
+
+@pytest.mark.parametrize("name", ["full", "kivi", "kv4", "h2o", "adakv", "pyramidkv", "expected"])
+def test_scanned_equals_unrolled(name):
+    functions, params = model(layers=2)
+    unrolled = models.functions(dataclasses.replace(CONFIG, layers=2), scan=False)
+    split = {str(i): jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(2)}
+    fast, cache = made(name, functions, params)
+    got, _ = read(fast, params, TOKENS[:, :62], cache, (60, 61))
+    fast, cache = made(name, unrolled, params | {"layers": split})
+    want, _ = read(fast, params | {"layers": split}, TOKENS[:, :62], cache, (60, 61))
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_layers_with_budgets_of_their_own_really_are_smaller():
+    functions, params = model(layers=3)
+    _fast, cache = made("pyramidkv", functions, params)
+    sizes = [memory_planner.tree_nbytes(layer) for layer in state(cache).arrays["layers"]]
+    assert sizes[0] > sizes[1] > sizes[2]
+    _, cache = made("snapkv", functions, params)
+    assert abs(sum(sizes) / memory_planner.tree_nbytes(state(cache).arrays) - 1) < 0.03
+
+
+def test_pooled_heads_hold_different_numbers_in_the_same_bytes():
+    fast, cache = made("adakv")
+    _, cache = read(fast, PARAMS, TOKENS[:, :80], cache, ())
+    heads = np.asarray(state(cache).arrays["head"])[0]
+    counts = [(row == 0).sum() for row in heads]
+    assert heads.shape[1] == 2 * (48 - 32)
+    assert any(c != heads.shape[1] // 2 for c in counts)
+    plain = made("snapkv")[1]
+    assert state(cache).nbytes < 1.05 * state(plain).nbytes
+
+
+def test_in_a_loop_under_jit_with_donation():
+    fast, cache = made("kv4")
+    step = jax.jit(fast, donate_argnums=2)
+    logits, cache = step(PARAMS, TOKENS[:, :40], cache)
+
+    def body(carry, _):
+        token, cache = carry
+        logits, cache = fast(PARAMS, token, cache)
+        return (logits[:, -1:].argmax(-1).astype(jnp.int32), cache), logits
+
+    (_, cache), logits = jax.lax.scan(body, (TOKENS[:, 40:41], cache), None, length=5)
+    assert np.isfinite(logits).all()
+    assert int(cache["index"]) == 45
+
+
+def test_vmap_over_sequences():
+    fast, _ = made("kv4", batch=1)
+    caches = jax.tree.map(lambda x: jnp.stack([x, x]), made("kv4", batch=1)[1])
+    call = jax.vmap(fast, in_axes=(None, 0, 0))
+    logits, _ = call(PARAMS, TOKENS[:, None, :40], caches)
+    want = FUNCTIONS.forward(PARAMS, TOKENS[:, :40])
+    np.testing.assert_allclose(logits[:, 0], want, atol=2e-5)
+
+
+def test_new_rows_carry_gradients_and_kept_ones_do_not():
+    """Attention to the tokens of a call is differentiable; what was kept is a constant, by declaration."""
+    fast, cache = made("int8")
+    loss = lambda p, f, c: f(p, TOKENS[:, :20], c)[0].sum()
+    got = jax.grad(loss)(PARAMS, fast, cache)
+    want = jax.grad(loss)(PARAMS, FUNCTIONS.step, FUNCTIONS.init_cache(2, LENGTH))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+    through = lambda p: sum(x.astype(jnp.float32).sum() for x in jax.tree.leaves(
+        fast(p, TOKENS[:, :20], cache)[1]) if jnp.issubdtype(x.dtype, jnp.floating))  # fmt: skip
+    assert all(not np.any(g) for g in jax.tree.leaves(jax.grad(through)(PARAMS)))
+
+
+def test_chain_with_quantize():
+    both = sx.chain(sx.quantize("int8"), sx.compress_kv(sx.recipes.int8()))
+    fast = both(FUNCTIONS.step, params=0, cache=2)
+    packed = fast.encode(PARAMS, TOKENS[:, :4], shapes(FUNCTIONS))
+    cache = fast.init_cache(shapes(FUNCTIONS), packed, TOKENS[:, :4])
+    logits, cache = jax.jit(fast)(packed, TOKENS[:, :30], cache)
+    quantized = sx.quantize("int8")(FUNCTIONS.forward)
+    np.testing.assert_allclose(logits, quantized(packed, TOKENS[:, :30]), atol=2e-4)
+    table = fast.explain(packed, TOKENS[:, :1], cache)
+    assert "int8" in str(table.caches)
+    assert table.caches.nbytes == state(cache).nbytes
+
+
+def test_a_guessed_layout_is_corrected_by_the_first_call():
+    """Keys in another layout than names and shapes suggest: still right, and from then on laid out right."""
+
+    def step(params, x, cache):
+        k = jax.lax.dynamic_update_slice(cache["k"], x.swapaxes(1, 2), (0, 0, cache["i"], 0))
+        v = jax.lax.dynamic_update_slice(cache["v"], x.swapaxes(1, 2), (0, 0, cache["i"], 0))
+        scores = jnp.einsum("bthd,bhsd->bhts", x * params, k)
+        at = cache["i"] + jnp.arange(x.shape[1])
+        scores = jnp.where(jnp.arange(k.shape[2]) <= at[:, None], scores, -1e30)
+        out = jnp.einsum("bhts,bhsd->bthd", jax.nn.softmax(scores, -1), v)
+        return out, {"k": k, "v": v, "i": cache["i"] + x.shape[1]}
+
+    own = {"k": jnp.zeros((1, 12, 8, 4)), "v": jnp.zeros((1, 12, 8, 4)), "i": jnp.int32(0)}
+    fast = sx.compress_kv(sx.recipes.int8())(step, params=0, cache=2)
+    cache = fast.init_cache(own)
+    assert cache["k"].guessed
+    x = jax.random.normal(jax.random.key(0), (1, 5, 12, 4))
+    out, after = fast(1.0, x, cache)
+    np.testing.assert_allclose(out, step(1.0, x, own)[0], atol=1e-5)
+    assert (after["k"].group.heads, after["k"].group.length) == (12, 8)
+
+
+def test_a_rule_for_each_cache():
+    functions = models.functions(dataclasses.replace(CONFIG, layers=2), scan=False)
+    params = models.init_params(dataclasses.replace(CONFIG, layers=2), scan=False)
+    fast = sx.compress_kv({"layers/0/": None, "": sx.recipes.int8()})(
+        functions.step, params=0, cache=2
+    )
+    cache = fast.init_cache(shapes(functions), params, TOKENS[:, :1])
+    assert isinstance(cache["layers"]["1"]["k"], KVState)
+    assert cache["layers"]["0"]["k"].shape == (2, LENGTH, 2, 16)
+    logits, _ = jax.jit(fast)(params, TOKENS[:, :20], cache)
+    np.testing.assert_allclose(logits, functions.forward(params, TOKENS[:, :20]), atol=2e-5)
+
+
+def test_new_selector_is_a_function_and_a_few_numbers():
+    chosen = selectors.Selector("last word", 24, lambda seen: seen.values.sum(-1), recent=8)
+    fast = sx.compress_kv(Method("mine", selector=chosen))(FUNCTIONS.step, params=0, cache=2)
+    _, cache = read(fast, PARAMS, TOKENS[:, :80], fast.init_cache(shapes(FUNCTIONS)), ())
+    assert state(cache).arrays["main_at"].shape == (1, 2, 2, 16)
+
+
+def test_a_long_prompt_in_chunks_never_holds_the_whole_cache():
+    """By XLA's count: a chunk's step needs the kept cache, the chunk's scores, and not the program's own cache."""
+    config = dataclasses.replace(CONFIG, layers=2)
+    functions, params = model(layers=2)
+    length, chunk = 16_384, 64
+    own = jax.eval_shape(lambda: models.init_cache(config, 1, length))
+    fast = sx.compress_kv(sx.recipes.select("snapkv", 256))(functions.step, params=0, cache=2)
+    tokens = jax.ShapeDtypeStruct((1, chunk), jnp.int32)
+    cache = jax.eval_shape(lambda: fast.init_cache(own, params, tokens))
+    step = jax.jit(fast, donate_argnums=2).lower(params, tokens, cache).compile()
+    report = memory_planner.memory_report(step)
+    full = memory_planner.tree_nbytes(own)
+    kept = memory_planner.tree_nbytes(cache)
+    scores = 4 * 4 * chunk * (256 + chunk)  # one layer's, f32, all heads
+    assert kept < full / 50
+    assert report.temporaries < 4 * kept + 6 * scores
+    assert report.peak < full / 10
