@@ -110,7 +110,7 @@ class Gear(RowCodec):
 
 def low_rank(x: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
     """``left [..., n, rank]`` and ``right [..., d, rank]`` with ``left @ right.T`` near `x`; power iteration."""
-    right = jax.random.normal(jax.random.key(0), (*x.shape[:-2], x.shape[-1], rank))
+    right = jax.random.normal(jax.random.key(0), (x.shape[-1], rank))
     left = x @ right
     for _ in range(ROUNDS):
         left = _orthonormal(left)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from ..core.program import Program, named_leaves, replace_leaves
 from . import emit, store
@@ -151,7 +152,11 @@ def init(cache: Any, program: Program, rules: Rules, strict: bool) -> Any:
 def guess(cache: Any, rules: Rules) -> Any:
     """The compressed cache by names and shapes alone."""
     groups = _guess_groups(cache)
-    return _replaced(cache, groups, methods_of(groups, rules), True)
+    methods = methods_of(groups, rules)
+    for group in groups:
+        if (method := methods.get(group.leaves[0][0])) is not None:
+            store.check(method, group)
+    return _replaced(cache, groups, methods, True)
 
 
 def _replaced(
@@ -176,7 +181,7 @@ def _replaced(
 
 
 def _check_empty(name: str, leaf: Any) -> None:
-    if isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)) or not bool(jnp.any(leaf != 0)):
+    if isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)) or not bool(jnp.any(leaf != 0)):
         return
     raise ValueError(
         f"{name}: `cache` already holds rows; the compressed cache begins empty. Pass the model's empty cache or its "
@@ -206,7 +211,8 @@ def _guess_groups(cache: Any) -> list[Group]:
 def _guess_group(key: str, value: str, x: Any) -> Group:
     shape = tuple(x.shape)
     stack, inner = (shape[:-4], shape[-4:]) if len(shape) > 4 else ((), shape)
-    batch, *middle, width = inner
+    sizes: list[int] = list(inner)
+    batch, middle, width = sizes[0], sizes[1:-1], sizes[-1]
     length = max(middle)
     heads = 1 if len(middle) == 1 else min(middle)
     dtype = jnp.dtype(x.dtype).name

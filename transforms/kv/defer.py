@@ -52,6 +52,14 @@ class Deferral:
     def __init__(self) -> None:
         self.axes = Axes()
 
+    def array(self, value: Any, eqn: compat.Eqn | None = None, reason: str = "") -> Any:
+        """A value, computed."""
+        raise NotImplementedError
+
+    def same(self, a: Any, b: Any) -> bool:
+        """Whether two indices are certainly equal."""
+        raise NotImplementedError
+
     def nodes(self, eqn: compat.Eqn, values: list[Any]) -> list[Node]:
         """The results of `eqn`, deferred. Raises LayoutError."""
         if any(map(is_rooted, values)):
@@ -75,6 +83,11 @@ def make(
     return Node(tuple(aval.shape), aval.dtype, eqn, tuple(values), out, labels, view)
 
 
+def _shape(eqn: compat.Eqn) -> tuple[int, ...]:
+    aval: Any = eqn.outvars[0].aval
+    return tuple(aval.shape)
+
+
 def rooted(values: list[Any]) -> Node:
     return next(v for v in values if is_rooted(v))
 
@@ -87,7 +100,7 @@ def labels_of(node: Node) -> Labels:
 @rule(*ELEMENTWISE)
 def _elementwise(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> list[Node]:
     first = rooted(values)
-    labels: list[Dim] = [()] * len(eqn.outvars[0].aval.shape)
+    labels: list[Dim] = [()] * len(_shape(eqn))
     for value in values:
         if not is_rooted(value):
             continue
@@ -229,7 +242,9 @@ def _dynamic_slice(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> list[No
 @rule("gather")
 def _gather(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> list[Node]:
     """One entry of an axis, as in ``cache[layer]``."""
-    x, index = values
+    x: Any
+    x: Any = values[0]
+    index = values[1]
     dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     cut = [i for i in range(len(sizes)) if is_rooted(x) and sizes[i] != x.shape[i]]
     one = (
@@ -244,7 +259,8 @@ def _gather(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> list[Node]:
     dim = run.axes.resolve(labels_of(x)[cut[0]])
     if len(dim) != 1:
         raise LayoutError("an entry is gathered from a merged axis")
-    view = x.view.fix(dim[0], Scalar(index))
+    view: Any = x.view
+    view = view.fix(dim[0], Scalar(index))
     labels = tuple(d for i, d in enumerate(labels_of(x)) if i != cut[0])
     return [make(eqn, values, 0, labels, view)]
 

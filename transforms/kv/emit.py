@@ -126,9 +126,9 @@ class Emit(CacheRun):
         if found.index is not None:
             index = self.array(found.index[1])
             arrays = jax.tree.map(lambda x: _entry(x, index, found), arrays)
-        new = [()] * len(store.group.streams)
+        new: list[Any] = [()] * len(store.group.streams)
         for read in found.reads:
-            value = read.write.value
+            value: Any = read.write.value
             value = value() if callable(value) else self.array(value)
             rows = new_rows(self, read, found.token, value)
             new[store.group.streams.index(stream_key(read))] = rows.astype(read.cell.dtype)
@@ -244,7 +244,8 @@ def run(
     for store in stores.values():
         emit.close(store)
     body, _ = compat.open_jaxpr(program.jaxpr)
-    shapes = {leaf: tuple(body.outvars[j].aval.shape) for leaf, j in caches.outputs.items()}
+    avals: list[Any] = [v.aval for v in body.outvars]
+    shapes = {leaf: tuple(avals[j].shape) for leaf, j in caches.outputs.items()}
     returned = lambda leaf: _returned(stores, caches, leaf, shapes, methods)
     return [returned(place[j]) if j in place else v for j, v in enumerate(out)]
 

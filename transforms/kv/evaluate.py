@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ..core import compat
 from .expr import Node, is_node, shape_of
@@ -244,7 +245,7 @@ def coords_in(x: Any, coords: Sequence[Coord], target: Node, rank: int) -> Seque
 def concrete(x: Any) -> np.ndarray | None:
     """The value of an array that depends on nothing but constants."""
     if not is_node(x):
-        return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+        return None if isinstance(x, Tracer) else np.asarray(x)
     if x.eqn is None or x.labels is not None or math.prod(x.shape) > 1 << 22:
         return None
     values = [concrete(v) for v in x.inputs]

@@ -29,7 +29,7 @@ class Node:
       inputs: its operands, nodes or arrays.
       out: which of the equation's results.
       labels: axes, where it depends on a cache.
-      view: the part of a cache that it is, where it is nothing but that.
+      view: the `View` of a cache that it is, where it is nothing but that; else None.
     """
 
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Node:
     inputs: tuple[Any, ...] = ()
     out: int = 0
     labels: Labels | None = None
-    view: View | None = None
+    view: Any = None
 
     @property
     def ndim(self) -> int:

@@ -43,15 +43,15 @@ class Method:
             raise ValueError(
                 f"`channels` and `selector` are both set in {self.name!r}; give one of them"
             )
-        if self.block - 1 > 0 and self.residual < self.block:
-            raise ValueError(
-                f"`residual` is {self.residual}, but {self.name!r} encodes {self.block} tokens together: "
-                f"keep at least the newest {self.block} tokens unencoded"
-            )
         if self.selector is not None and self.block > 1:
             raise ValueError(
                 f"`selector` evicts single tokens, but {self.name!r} encodes {self.block} tokens together: "
                 "use a codec per token, such as `per_token('int4-g32', rotate=True)`"
+            )
+        if self.block > 1 and self.residual < self.block:
+            raise ValueError(
+                f"`residual` is {self.residual}, but {self.name!r} encodes {self.block} tokens together: "
+                f"keep at least the newest {self.block} tokens unencoded"
             )
 
     @property

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from stowax.pallas_kernels.codecs import LayoutError
 
@@ -60,7 +61,7 @@ class CacheRun(Interpreter, Deferral):
     def attention(self, found: Attention) -> jax.Array:
         raise NotImplementedError
 
-    def view_array(self, node: Node) -> jax.Array:
+    def view_array(self, node: Node, eqn: Any = None, reason: str = "") -> jax.Array:
         raise NotImplementedError
 
     def close(self, store: Store) -> None:
@@ -276,7 +277,7 @@ def _unwrap(x: Any) -> Any:
 
 
 def _equal_constants(a: Any, b: Any) -> bool:
-    if is_node(a) or is_node(b) or isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+    if is_node(a) or is_node(b) or isinstance(a, Tracer) or isinstance(b, Tracer):
         return False
     return shape_of(a) == shape_of(b) and bool(np.array_equal(a, b))
 

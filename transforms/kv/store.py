@@ -44,7 +44,7 @@ def fitted(method: Method, group: Group, layer: int = 0, layers: int = 1) -> Met
         selector = dataclasses.replace(selector, budget=share, layers=None)
         method = dataclasses.replace(method, selector=selector)
     counts = [selector.tokens(group.length, i, group.layers) for i in range(group.layers)]
-    if min(counts) < group.length:
+    if min(counts) < group.length or group.grows:
         return method
     kept = (
         {"residual": selector.window(group.length), "sinks": selector.sinks}

@@ -156,7 +156,7 @@ def scattered(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Node:
             y = jnp.squeeze(y, window_axis[token])
         gone = window_axis[token] if free and rows == 1 else None
         kept = [i for i in range(len(shape_of(update))) if i != gone]
-        axes = [kept.index(source[dim]) for dim in range(x.ndim) if source[dim] is not None]
+        axes = [kept.index(s) for s in map(source.get, range(x.ndim)) if s is not None]
         y = y.transpose(axes)
         return jnp.expand_dims(y, token) if source[token] is None else y
 
@@ -247,8 +247,11 @@ def concatenated(run: Deferral, eqn: compat.Eqn, values: list[Any], axis: int) -
     return _written(eqn, values, x, write, tuple(labels))
 
 
-def one_hot(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Node | None:
+def one_hot(run: Deferral, eqn: compat.Eqn, values: Any) -> Node | None:
     """``where(arange(S) == i, new, cache)``, and ``cache * (1 - hot) + hot * new``."""
+    x: Any
+    mask: Any
+    new: Any
     if eqn.primitive.name == "select_n":
         mask, x, new = (*values, None)[:3]
     else:
