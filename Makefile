@@ -7,7 +7,8 @@ JOBS        ?= 2
 PYTEST      := -m pytest -n $(JOBS) --dist worksteal
 
 # The leg on the newest jax is smaller: what stands closest to it.
-NEWEST_TESTS ?= tests/transforms tests/memory_planner
+NEWEST_TESTS ?= tests/transforms tests/memory_planner \
+	--ignore=tests/transforms/test_kv_methods.py --ignore=tests/transforms/test_kv_forms_table.py
 
 .DEFAULT_GOAL := help
 

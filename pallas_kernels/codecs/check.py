@@ -53,7 +53,7 @@ def validate_params(params: Mapping[str, jax.Array], x: jax.Array, codec: str) -
                 f"the `{name}` of {codec} overflows its dtype: `x` reaches {largest:.3g}. Store"
                 " scales in float32 (add `-f32` to the codec) or scale the tensor down first"
             )
-    if largest > 0 and not nonzero["scale"]:
+    if largest > 0 and not any(nonzero[name] for name in nonzero if name != "zero"):
         raise ValueError(
             f"the `scale` of {codec} underflows to zero: `x` reaches only {largest:.3g}. Store"
             " scales in float32 (add `-f32` to the codec) or scale the tensor up first"

@@ -78,6 +78,9 @@ def bound(codec, x: np.ndarray, parts) -> np.ndarray:
             error = np.maximum(scale / 2, np.abs(groups)) + slack
     elif isinstance(codec, codecs.NF4):
         error = np.diff(LEVELS).max() / 2 * scale + slack
+    elif isinstance(codec, codecs.LloydMax):
+        beyond = np.abs(groups - np.asarray(params["mean"])) - codec.levels[-1] * scale
+        error = np.maximum(np.diff(codec.levels).max() / 2 * scale, beyond) + slack
     elif isinstance(codec, codecs.Nvfp4):
         tensor = np.asarray(params["tensor_scale"])
         error = scale * tensor * (1 + 6 / 16) + 6 * tensor * 2.0**-10
