@@ -82,12 +82,14 @@ class LloydMax(GroupCodec):
         return code
 
     def values(self, codes: jax.Array, params: Params) -> jax.Array:
-        """Levels by the bits of a code rather than from a table, which every backend vectorizes."""
-        levels = self.levels
-        value = jnp.full(codes.shape, levels[0], jnp.float32)
-        for i in range(1, len(levels)):
-            value = jnp.where(codes >= i, levels[i], value)
-        return value * params["scale"] + params["mean"]
+        """Levels by comparisons rather than from a table, which every backend vectorizes."""
+        half = len(LEVELS[self.bits])
+        upper = codes >= half
+        place = jnp.where(upper, codes - half, half - 1 - codes)
+        size = jnp.full(codes.shape, LEVELS[self.bits][0], jnp.float32)
+        for i, level in enumerate(LEVELS[self.bits][1:], 1):
+            size = jnp.where(place >= i, level, size)
+        return jnp.where(upper, size, -size) * params["scale"] + params["mean"]
 
     def store(self, params: Params) -> Parts:
         dtype = SCALE_DTYPES[self.scale_dtype]
