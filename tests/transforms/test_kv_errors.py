@@ -159,3 +159,17 @@ def test_layers_of_different_budgets_in_a_carry_are_refused():
 
 def test_per_token_codecs_have_no_block():
     assert dataclasses.replace(Method("a", per_token("int8"))).block == 1
+
+
+def test_a_used_cache_of_a_guessed_layout_is_not_thrown_away():
+    fast = applied(sx.recipes.int8())
+    _, used = fast(PARAMS, TOKENS, fast.init_cache(shapes()))
+    one = models.functions(dataclasses.replace(CONFIG, heads=2, kv_heads=1, head_dim=32))
+    other = sx.compress_kv(sx.recipes.int8())(one.step, params=0, cache=2)
+    params = models.init_params(dataclasses.replace(CONFIG, heads=2, kv_heads=1, head_dim=32))
+    state = used["layers"]["k"]
+    wrong = dataclasses.replace(state, group=dataclasses.replace(state.group, leaves=tuple(
+        (n, (2, 2, 48, 1, 32), d) for n, _, d in state.group.leaves)))  # fmt: skip
+    moved = dataclasses.replace(used["layers"]["v"], shape=(2, 2, 48, 1, 32))
+    with pytest.raises(ValueError, match="another layout"):
+        other(params, TOKENS, used | {"layers": {"k": wrong, "v": moved}})

@@ -127,9 +127,9 @@ def _usable(leaf: Any, name: str, caches: Caches, methods: dict[str, Method]) ->
     if isinstance(leaf, KVState) and (leaf.group, leaf.method) == (group, method) and name == owner:
         return leaf
     if is_state(leaf) and not (isinstance(leaf, KVState) and not leaf.guessed):
-        if name == owner:
-            return KVState(store.empty(method, group), group, method)
-        return leaf
+        if isinstance(leaf, KVState):
+            _check_unused(leaf, name)
+        return KVState(store.empty(method, group), group, method) if name == owner else leaf
     if isinstance(leaf, KVState):
         raise ValueError(
             f"{name}: this compressed cache was made for another program or method: it is {leaf}, and the call "
@@ -139,6 +139,20 @@ def _usable(leaf: Any, name: str, caches: Caches, methods: dict[str, Method]) ->
         f"{name}: `cache` holds the model's own array {leaf.dtype}{list(leaf.shape)}; the rewritten function takes a "
         "compressed cache. Make it once with `fast.init_cache(cache)`."
     )
+
+
+def _check_unused(state: KVState, name: str) -> None:
+    """A cache whose layout was guessed wrong is made anew, so it must not hold rows yet.
+
+    Inside `jit` that can't be seen: there only a cache that was used by another function could be lost.
+    """
+    arrays = jax.tree.leaves(state.arrays)
+    known = not any(isinstance(x, (Tracer, jax.ShapeDtypeStruct)) for x in arrays)
+    if known and store.is_used(state.arrays):
+        raise ValueError(
+            f"{name}: this cache holds rows of a program with another layout; make one for this program with "
+            "`fast.init_cache(cache, *rest)`"
+        )
 
 
 def init(cache: Any, program: Program, rules: Rules, strict: bool) -> Any:

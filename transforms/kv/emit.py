@@ -234,7 +234,7 @@ def run(
         owner = group.leaves[0][0]
         store = stores.setdefault(owner, Store(None, group))
         if isinstance(leaf, KVState):
-            store.arrays = leaf.arrays
+            store.arrays, store.guessed = leaf.arrays, leaf.guessed
         shape = next(s for n, s, _ in group.leaves if n == name)
         cells[name] = Cell(name, shape, leaf.dtype, (), store)
         values.append(cells[name].node())
@@ -261,4 +261,4 @@ def _returned(
         return Moved(owner, shapes[leaf], dtype)
     leaves = tuple((n, shapes[n], d) for n, _, d in group.leaves)
     group = dataclasses.replace(stores[owner].group, leaves=leaves)
-    return KVState(stores[owner].arrays, group, methods[owner])
+    return KVState(stores[owner].arrays, group, methods[owner], stores[owner].guessed)

@@ -42,6 +42,8 @@ class Unfit(Exception):
 class Store:
     """What holds the rows of a group of cells; `arrays` is its state in this scope."""
 
+    guessed = False  # the layout was guessed, and rightly
+
     def __init__(self, arrays: Any = (), group: Any = None):
         self.arrays, self.group = arrays, group
         self.opened: Any = None

@@ -88,6 +88,14 @@ def is_ragged(arrays: Any) -> bool:
     return isinstance(arrays, dict) and "layers" in arrays
 
 
+def is_used(arrays: Any) -> bool:
+    """Whether concrete buffers hold a row."""
+    parts = arrays["layers"] if is_ragged(arrays) else [arrays]
+    counts = [part["count"] > 0 for part in parts if "count" in part]
+    places = [x >= 0 for part in parts for k, x in part.items() if k.endswith("_at")]
+    return any(bool(x.any()) for x in (*counts, *places))
+
+
 def nbytes(method: Method, group: Group) -> int:
     """Bytes of the buffers."""
     leaves = jax.tree.leaves(shapes(method, group))
