@@ -115,9 +115,3 @@ class Axes:
             self.split(big, parts)
             side[i : i + 1] = parts
         return tuple(left), tuple(right)
-
-
-def same_axes(a: Labels, b: Labels) -> bool:
-    return len(a) == len(b) and all(
-        len(x) == len(y) and all(p is q for p, q in zip(x, y)) for x, y in zip(a, b)
-    )

@@ -16,7 +16,7 @@ from stowax.pallas_kernels.codecs import LayoutError
 
 from ..core import compat
 from .axes import Atom, Axes, Dim, Labels, fresh
-from .expr import Node, View, is_node, is_rooted, shape_of
+from .expr import Node, View, is_rooted, shape_of
 
 # fmt: off
 UNARY = (
@@ -344,7 +344,3 @@ def literal(value: Any) -> int | None:
     ):
         return int(value)
     return None
-
-
-def has_node(values: list[Any]) -> bool:
-    return any(map(is_node, values))

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from ..core import compat
 from ..core.program import Program, is_packed
 from .expr import Cell, Node, is_node, is_rooted, shape_of, walk
-from .match import Attention, Read, reads_of
-from .rewrite import DONE, CacheRun, Store, Unfit
+from .match import Attention, Read
+from .rewrite import CacheRun, Store, Unfit
 from .spec import Group, Refused, Site, Stream
 
 
@@ -191,6 +191,3 @@ def _has_array_mask(run: CacheRun, found: Attention) -> bool:
             elif found.length in shape_of(v) and node.op != "dot_general":
                 return True
     return False
-
-
-__all__ = ["DONE", "Caches", "Probe", "find", "reads_of"]

@@ -141,7 +141,7 @@ def match(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Attention:
         raise LayoutError("keys and values have different heads")
     index = _stack_index(run, reads, streams)
     return Attention(
-        eqn, (values[0], values[1]), side, token, _length(first, token), tuple(reads), found[0][1],
+        eqn, (values[0], values[1]), side, token, token.size, tuple(reads), found[0][1],
         index, found[0][0],
     )  # fmt: skip
 
@@ -232,10 +232,6 @@ def _is_grown(run: Deferral, writes: tuple[Write, ...], token: Atom, axis: int, 
             dims = [i for i, s in enumerate(w.starts) if s is not None]
             return cell.shape[axis] == w.grown.size - (w.starts[dims[0]] or 0) and dims[0] == axis
     return False
-
-
-def _length(read: Read, token: Atom) -> int:
-    return token.size
 
 
 def _relevant_write(run: Deferral, node: Node, token: Atom) -> Write:

@@ -22,7 +22,6 @@ from stowax.pallas_kernels.codecs import LayoutError
 from ..core import compat
 from ..core.interpret import Interpreter, Recorder
 from ..core.program import is_packed
-from .axes import same_axes
 from .defer import Deferral, Scalar, literal
 from .expr import Cell, Node, View, Write, is_node, is_rooted, shape_of
 from .match import Attention, match, reads_of
@@ -519,5 +518,3 @@ CONTROL: dict[str, Callable[[CacheRun, compat.Eqn, list[Any]], list[Any]]] = {
     "cond": _cond,
     "shard_map": _shard_map,
 }
-
-__all__ = ["DONE", "CacheRun", "Store", "Unfit", "same_axes"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -97,4 +96,3 @@ class Refused:
 
     leaf: str
     reason: str
-    extra: Any = None
