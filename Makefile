@@ -8,7 +8,7 @@ PYTEST      := -m pytest -n $(JOBS) --dist worksteal
 
 # The leg on the newest jax is smaller: what stands closest to it.
 NEWEST_TESTS ?= tests/transforms tests/memory_planner \
-	--ignore=tests/transforms/test_kv_methods.py --ignore=tests/transforms/test_kv_forms_table.py
+	--ignore=tests/transforms/test_kv_methods.py --ignore=tests/transforms/test_kv_errors.py
 
 .DEFAULT_GOAL := help
 

@@ -23,6 +23,8 @@ PER_CALL = {
 }
 GROWS = {"concat", "concat in the layout bksh"}
 
+pytestmark = pytest.mark.slow  # the table itself; its forms run in test_kv_forms.py
+
 every_form = pytest.mark.parametrize("name", BY_NAME)
 
 

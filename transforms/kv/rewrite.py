@@ -247,7 +247,8 @@ class CacheRun(Interpreter, Deferral):
             self.refuse(
                 next(v for v in values if is_rooted(v)), eqn, "the branches return different caches"
             )
-        if any(flags != touched[0] for flags in touched):
+        pending = any(w is not DONE for v in values for n in reads_of(v) for w in n.view.writes)
+        if pending and any(flags != touched[0] for flags in touched):
             self.refuse(
                 next(v for v in values if is_rooted(v)), eqn, "only some branches attend to it"
             )
