@@ -13,14 +13,6 @@ from tests.transforms.kv_forms import FORMS, Form, embeddings, reference
 
 BY_NAME = {form.name: form for form in FORMS}
 BF16 = {name for name in BY_NAME if "bf16" in name}
-# What depends on how many tokens a call has.
-PER_CALL = {
-    "attention in switch, two masks",
-    "dropout on the weights",
-    "no cache",
-    "updated but read by nothing",
-    "written, not returned",
-}
 GROWS = {"concat", "concat in the layout bksh"}
 
 pytestmark = pytest.mark.slow  # the table itself; its forms run in test_kv_forms.py
@@ -104,27 +96,6 @@ def test_is_causal_and_remembers(name):
     if form.found:
         other = outputs(form, changed(form, -2, -1))
         assert np.abs(other[-1] - plain[-1]).max() > 1e-3, "does not look back"
-
-
-def one_by_one(form: Form) -> list:
-    """The same tokens, one a call."""
-    return [x[:, i : i + 1] for x in form.inputs for i in range(x.shape[1])]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        form.name
-        for form in FORMS
-        if isinstance(form.inputs[0], jax.Array)
-        and form.inputs[0].shape[1] > 1
-        and form.name not in PER_CALL
-    ],
-)
-def test_token_by_token_gives_the_same(name):
-    form = BY_NAME[name]
-    got = outputs(form, one_by_one(form))
-    close(name, np.concatenate(got, 1), np.concatenate(plain_outputs(name), 1))
 
 
 @pytest.mark.parametrize("name", [form.name for form in FORMS if form.plain])
