@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 
 from .kv import CompressKV, Method
+from .rules import check_patterns
 from .transform import Applicable
 
 
@@ -49,10 +49,5 @@ def compress_kv(rules: Method | Mapping[str, Method | None]) -> KVTransform:
             raise TypeError(
                 f"`rules[{pattern!r}]` is {type(method).__name__}; expected a recipe or None"
             )
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"`rules` has {pattern!r}, which is no regular expression: {error}"
-            ) from None
+    check_patterns(rules)
     return KVTransform(tuple(rules.items()))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stowax.memory_planner import format_bytes
 
 from .core import Use
-from .report import html_table, text_table
+from .report import ByteTable, Table, counted
 
 if TYPE_CHECKING:
     from stowax.pallas_kernels.codecs import Packed
@@ -52,8 +52,8 @@ class Row:
         return 8 * self.nbytes / max(1, math.prod(self.shape))
 
 
-@dataclasses.dataclass(frozen=True)
-class Explanation:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Explanation(ByteTable):
     """What was done at every leaf. Prints as a table; `to_dict` is the same as data.
 
     Attributes:
@@ -66,17 +66,6 @@ class Explanation:
 
     HEADER = ("weight", "shape", "codec", "bits", "before", "after", "used by", "how")
 
-    @property
-    def nbytes_before(self) -> int:
-        return sum(row.nbytes_before for row in self.rows)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(row.nbytes for row in self.rows)
-
-    def __getitem__(self, name: str) -> Row:
-        return next(row for row in self.rows if row.name == name)
-
     def to_dict(self) -> dict[str, Any]:
         rows = [
             dataclasses.asdict(row) | {"bits_per_weight": row.bits_per_weight} for row in self.rows
@@ -85,16 +74,14 @@ class Explanation:
         return found | ({"caches": self.caches.to_dict()} if self.caches is not None else {})
 
     def __str__(self) -> str:
-        weights = f"{text_table(self.HEADER, self._cells())}\n{self._total()}"
+        weights = super().__str__()
         return weights if self.caches is None else f"{weights}\n\n{self.caches}"
 
-    __repr__ = __str__
-
     def _repr_html_(self) -> str:
-        weights = html_table(self.HEADER, self._cells(), self._total())
+        weights = super()._repr_html_()
         return weights if self.caches is None else weights + self.caches._repr_html_()
 
-    def _cells(self) -> list[tuple[object, ...]]:
+    def cells(self) -> list[tuple[object, ...]]:
         return [
             (
                 row.name,
@@ -103,19 +90,14 @@ class Explanation:
                 f"{row.bits_per_weight:.2f}",
                 format_bytes(row.nbytes_before),
                 format_bytes(row.nbytes),
-                _counted([use.op for use in row.uses]),
+                counted([use.op for use in row.uses]),
                 _how(row),
             )
             for row in self.rows
         ]
 
-    def _total(self) -> str:
-        packed = sum(bool(row.codec) for row in self.rows)
-        ratio = self.nbytes_before / max(1, self.nbytes)
-        return (
-            f"{packed} of {len(self.rows)} leaves packed: {format_bytes(self.nbytes_before)} -> "
-            f"{format_bytes(self.nbytes)} ({ratio:.2f}x)"
-        )
+    def total(self) -> str:
+        return self.saved("leaves packed", sum(bool(row.codec) for row in self.rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +121,8 @@ class EncodeRow:
         return cls(leaf.name, packed.codec.name, solver, packed.nbytes, bits, dict(info))
 
 
-@dataclasses.dataclass(frozen=True)
-class EncodeReport:
+@dataclasses.dataclass(frozen=True, repr=False)
+class EncodeReport(Table):
     """The errors of an encoding, a row for each packed leaf."""
 
     rows: list[EncodeRow]
@@ -155,19 +137,12 @@ class EncodeReport:
         "output error",
         "remarks",
     )
+    CAPTION = "encoding"
 
     def to_dict(self) -> dict[str, Any]:
         return {"rows": [dataclasses.asdict(row) for row in self.rows]}
 
-    def __str__(self) -> str:
-        return text_table(self.HEADER, self._cells())
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return html_table(self.HEADER, self._cells(), "encoding")
-
-    def _cells(self) -> list[tuple[object, ...]]:
+    def cells(self) -> list[tuple[object, ...]]:
         shown = ("weight_error", "output_error")
         error = lambda row, key: f"{row.info[key]:.5f}" if key in row.info else ""
         rest = lambda row: [
@@ -193,9 +168,4 @@ def _how(row: Row) -> str:
     lines = [use.how + (f" ({use.reason})" if use.reason else "") for use in row.uses]
     if not row.codec or row.reason:
         return row.reason
-    return _counted(lines) or "not used"
-
-
-def _counted(words: list[str]) -> str:
-    counts = {word: words.count(word) for word in words}
-    return ", ".join(word if n == 1 else f"{n}x {word}" for word, n in counts.items())
+    return counted(lines) or "not used"

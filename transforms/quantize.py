@@ -16,6 +16,7 @@ from stowax.pallas_kernels import codecs
 from stowax.pallas_kernels.codecs import Codec
 
 from . import solvers
+from .rules import check_patterns
 from .solvers import Solver
 from .transform import Applicable, Claim, Leaf
 
@@ -83,13 +84,7 @@ def quantize(
         rules = {"": rules}
     pairs = rules.items() if isinstance(rules, Mapping) else rules
     table = tuple((pattern, None if c is None else codecs.get(c)) for pattern, c in pairs)
-    for pattern, _ in table:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"`rules` has {pattern!r}, which is no regular expression: {error}"
-            ) from None
+    check_patterns(pattern for pattern, _ in table)
     return Quantize(table, solvers.get(solver))
 
 

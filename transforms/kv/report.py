@@ -9,7 +9,7 @@ from typing import Any
 
 from stowax.memory_planner import format_bytes
 
-from ..report import html_table, text_table
+from ..report import ByteTable, counted
 from . import store
 from .method import Method
 from .spec import Group, Site
@@ -58,29 +58,16 @@ class CacheRow:
     @property
     def how(self) -> str:
         forms = [f"{s.rows} new: {s.form} ({s.mask} mask)" for s in self.sites]
-        counts = {f: forms.count(f) for f in forms}
-        words = [f if n == 1 else f"{n}x {f}" for f, n in counts.items()]
-        return "; ".join([*([self.reason] if self.reason else []), *words])
+        return "; ".join(filter(None, (self.reason, counted(forms, "; "))))
 
 
-@dataclasses.dataclass(frozen=True)
-class CacheTable:
+@dataclasses.dataclass(frozen=True, repr=False)
+class CacheTable(ByteTable):
     """What was done to every cache. Prints as a table."""
 
     rows: list[CacheRow]
 
     HEADER = ("cache", "layout", "method", "before", "after", "bytes/token", "attention")
-
-    @property
-    def nbytes_before(self) -> int:
-        return sum(row.nbytes_before for row in self.rows)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(row.nbytes for row in self.rows)
-
-    def __getitem__(self, name: str) -> CacheRow:
-        return next(row for row in self.rows if row.name == name)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -88,14 +75,6 @@ class CacheTable:
             "nbytes_before": self.nbytes_before,
             "nbytes": self.nbytes,
         }
-
-    def __str__(self) -> str:
-        return f"{text_table(self.HEADER, self.cells())}\n{self.total()}"
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return html_table(self.HEADER, self.cells(), self.total())
 
     def cells(self) -> list[tuple[object, ...]]:
         return [
@@ -112,9 +91,4 @@ class CacheTable:
         ]
 
     def total(self) -> str:
-        packed = sum(bool(row.method) for row in self.rows)
-        ratio = self.nbytes_before / max(1, self.nbytes)
-        return (
-            f"{packed} of {len(self.rows)} caches compressed: {format_bytes(self.nbytes_before)} -> "
-            f"{format_bytes(self.nbytes)} ({ratio:.2f}x)"
-        )
+        return self.saved("caches compressed", sum(bool(row.method) for row in self.rows))
