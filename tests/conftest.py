@@ -8,12 +8,17 @@ import os
 PLATFORM = os.environ.get("STOWAX_TEST_PLATFORM", "cpu")
 DEVICE_COUNT = 4
 
+FLAGS = {"xla_force_host_platform_device_count": DEVICE_COUNT}
+if PLATFORM == "cpu":
+    FLAGS["xla_backend_optimization_level"] = (
+        0  # programs run once or twice: compiling takes longer
+    )
+
 # Both before jax reads them: XLA_FLAGS when the backend starts, JAX_PLATFORMS when jax is imported.
 os.environ["JAX_PLATFORMS"] = PLATFORM
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICE_COUNT}"
-    ).strip()
+given = os.environ.get("XLA_FLAGS", "")
+added = [f"--{flag}={value}" for flag, value in FLAGS.items() if flag not in given]
+os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -36,15 +36,27 @@ every_form = pytest.mark.parametrize("form", FORMS, ids=[f.name for f in FORMS])
 def outputs_of(form: Form, method, calls: int):
     """The outputs with a compressed cache, those of the form itself, and the last `explain`."""
     fast = sx.compress_kv(method)(form.step, params=0, cache=2, strict=False)
-    cache, own = fast.init_cache(form.cache, form.params, form.inputs[0]), form.cache
-    got, want = [], []
-    for x in form.inputs[:calls]:
-        last = (form.params, x, cache)
-        out, cache = fast(*last)
-        got.append(out)
-        out, own = form.step(form.params, x, own)
-        want.append(out)
+    cache = fast.init_cache(form.cache, form.params, form.inputs[0])
+    last = []
+    jit = jax.jit if "bf16" not in form.name else lambda f: f  # XLA rounds bfloat16 where it likes
+
+    @jit  # one program to compile
+    def run(params, inputs, cache, own):
+        got, want = [], []
+        for x in inputs:
+            last[:] = jax.tree.map(as_shape, (params, x, cache))
+            out, cache = fast(params, x, cache)
+            got.append(out)
+            out, own = form.step(params, x, own)
+            want.append(out)
+        return got, want
+
+    got, want = run(form.params, form.inputs[:calls], cache, form.cache)
     return got, want, fast.explain(*last).caches
+
+
+def as_shape(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def check_equal(got, want, tolerance=TOLERANCE):
@@ -101,11 +113,7 @@ def test_a_structured_mask_is_never_made_in_full():
     fast = sx.compress_kv(sx.recipes.select("streaming", 12))(form.step, params=0, cache=2)
     cache = fast.init_cache(form.cache, form.params, form.inputs[0])
     table = fast.explain(form.params, form.inputs[0], cache).caches
-    assert table.rows[0].sites[0].mask == "structured"
-    padded = next(f for f in FORMS if f.name == "padding mask among the inputs")
-    fast = sx.compress_kv(sx.recipes.full())(padded.step, params=0, cache=2)
-    table = fast.explain(padded.params, padded.inputs[0], padded.cache).caches
-    assert table.rows[0].sites[0].mask == "array"
+    assert table.rows[0].sites[0].mask == "causal + window 4"
 
 
 def test_state_takes_the_place_of_the_first_leaf():
