@@ -243,7 +243,7 @@ def _is_value(name: str) -> bool:
 
 def explain(program: Program, rules: Rules) -> CacheTable:
     """A row for each cache of a program, compressed or not."""
-    found = find(program, program.caches)
+    found = find(program, program.caches, masks=True)
     rows = []
     methods = methods_of(found.groups, rules)
     for group in found.groups:

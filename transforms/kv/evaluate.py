@@ -93,8 +93,9 @@ class Evaluation:
         coord = coords[x.eqn.params["dimension"]]
         return jnp.asarray(index_array(coord, self.rank)).astype(x.dtype)
 
-    def scalar(self, x: Any) -> jax.Array:
-        return jnp.asarray(self.array(x))
+    def start(self, x: Any, last: int) -> Any:
+        """A computed start of a slice, moved to where the slice fits."""
+        return jnp.clip(jnp.asarray(self.array(x)), 0, last)
 
 
 SPECIAL: dict[str, Any] = {"iota": Evaluation.iota}
@@ -193,7 +194,7 @@ def _dynamic_slice(x: Node, coords: list[Coord], run: Evaluation) -> list[Coord]
     for i, c in enumerate(coords):
         start: Any = 0
         if x.shape[i] != whole[i]:
-            start = jnp.clip(run.scalar(starts[i]), 0, whole[i] - x.shape[i])
+            start = run.start(starts[i], whole[i] - x.shape[i])
         out.append(_shift(c, start, 1, x.shape[i], whole[i], run.rank))
     return out
 

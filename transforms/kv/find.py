@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from ..core import compat
 from ..core.program import Program, is_packed
-from .expr import Cell, Node, is_node, is_rooted, shape_of, walk
+from .expr import Cell, Node, is_rooted
+from .masks import mask_name
 from .match import Attention, Read
 from .rewrite import CacheRun, Store, Unfit
 from .spec import Group, Refused, Site, Stream
@@ -40,10 +41,11 @@ class Caches:
 
 
 class Probe(CacheRun):
-    """Records attentions; nothing is computed."""
+    """Records attentions, and the names of their `masks`; nothing is computed."""
 
-    def __init__(self) -> None:
+    def __init__(self, masks: bool) -> None:
         super().__init__(strict=False)
+        self.masks = masks
         self.groups: dict[frozenset[str], Group] = {}
         self.sites: list[Site] = []
         self.escapes: set[str] = set()
@@ -57,7 +59,7 @@ class Probe(CacheRun):
         known = self.groups.setdefault(key, group)
         if known != group:
             raise Unfit(sorted(key), "attentions read it in different layouts")
-        mask = "array" if _has_array_mask(self, found) else "structured"
+        mask = mask_name(self, found) if self.masks else ""
         where = compat.where(found.eqn)
         self.sites.append(Site(group.name, where, found.rows, found.describe(), mask))
         for read in found.reads:
@@ -75,11 +77,11 @@ class Probe(CacheRun):
         return jnp.zeros(node.shape, node.dtype)
 
 
-def find(program: Program, names: Sequence[str]) -> Caches:
-    """Looks at the leaves `names` of a program (one for each traced leaf, "" for no cache)."""
+def find(program: Program, names: Sequence[str], *, masks: bool = False) -> Caches:
+    """Looks at the leaves `names` of a program (one for each traced leaf, "" for no cache); names `masks` on demand."""
     refused: dict[str, str] = {}
     while True:
-        probe = Probe()
+        probe = Probe(masks)
         try:
             outputs = _probe(probe, program, names, refused)
         except Unfit as error:
@@ -170,24 +172,3 @@ def _stream(read: Read) -> Stream:
 
 def stream_key(read: Read) -> Stream:
     return _stream(read)
-
-
-def _has_array_mask(run: CacheRun, found: Attention) -> bool:
-    """Whether anything but positions has an entry for each token of the cache."""
-    stop = {id(r.node) for r in found.reads}
-    todo, seen = list(found.operands), set(stop)
-    while todo:
-        node = todo.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        for v in node.inputs:
-            if is_rooted(v):
-                todo.append(v)
-            elif is_node(v):
-                leaves = [x for n in walk(v) for x in n.inputs if not is_node(x)]
-                if any(found.length in shape_of(x) for x in leaves):
-                    return True
-            elif found.length in shape_of(v) and node.op != "dot_general":
-                return True
-    return False

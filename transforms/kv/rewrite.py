@@ -22,7 +22,7 @@ from stowax.pallas_kernels.codecs import LayoutError
 from ..core import compat
 from ..core.interpret import Interpreter, Recorder
 from ..core.program import is_packed
-from .defer import Deferral, Scalar, literal
+from .defer import Deferral, Scalar, literal, make
 from .expr import Cell, Node, View, Write, is_node, is_rooted, shape_of
 from .match import Attention, match, reads_of
 from .store import is_ragged
@@ -55,7 +55,7 @@ class CacheRun(Interpreter, Deferral):
         Interpreter.__init__(self, strict=strict, recorder=recorder)
         Deferral.__init__(self)
         self.scopes: list[dict[int, tuple[Node, Any]]] = [{}]
-        self.origin: dict[int, tuple[Any, str, tuple[Any, ...]]] = {}
+        self.origin: dict[int, tuple[Any, Node]] = {}
 
     # what the two users do differently
 
@@ -98,10 +98,9 @@ class CacheRun(Interpreter, Deferral):
         if name in ("jit", "pjit") and all(_is_index(v.aval) for v in eqn.outvars):
             return self.run(eqn.params["jaxpr"], values)
         out = super().step(eqn, values)
-        for var, value in zip(eqn.outvars, out):
-            if _is_index(var.aval):
-                params = tuple(sorted((k, str(v)) for k, v in eqn.params.items()))
-                self.origin[id(value)] = (value, name + str(params), tuple(values))
+        for i, (var, value) in enumerate(zip(eqn.outvars, out)):
+            if _is_index(var.aval) or not np.shape(value):
+                self.origin[id(value)] = value, make(eqn, values, i)
         return out
 
     def _attention(self, eqn: compat.Eqn, values: list[Any]) -> jax.Array:
@@ -141,17 +140,16 @@ class CacheRun(Interpreter, Deferral):
             return x == y
         if isinstance(a, (tuple, str)) or isinstance(b, (tuple, str)):
             return a == b
-        p, q = self._made_by(a), self._made_by(b)
-        if p is None or q is None or p[0] != q[0] or len(p[1]) != len(q[1]):
+        p, q = self.made_by(a), self.made_by(b)
+        if p is None or q is None or _operation(p) != _operation(q):
             return _equal_constants(a, b)
-        return all(self.same(v, w) for v, w in zip(p[1], q[1]))
+        return all(self.same(v, w) for v, w in zip(p.inputs, q.inputs))
 
-    def _made_by(self, x: Any) -> tuple[str, tuple[Any, ...]] | None:
-        if is_node(x) and x.eqn is not None:
-            params = tuple(sorted((k, str(v)) for k, v in x.eqn.params.items()))
-            return f"{x.op}{params}{x.out}", x.inputs
-        known = self.origin.get(id(x))
-        return None if known is None else known[1:]
+    def made_by(self, x: Any) -> Node | None:
+        """The equation that made an index, deferred or run."""
+        if is_node(x):
+            return x if x.eqn is not None else None
+        return self.origin[id(x)][1] if id(x) in self.origin else None
 
     # scopes
 
@@ -265,6 +263,13 @@ def _is_index(aval: Any) -> bool:
     return hasattr(aval, "dtype") and (
         jnp.issubdtype(aval.dtype, jnp.integer) or aval.dtype == jnp.bool_
     )
+
+
+def _operation(node: Node) -> tuple[Any, ...]:
+    """What two equations must have in common to give the same for the same operands."""
+    assert node.eqn is not None
+    params = tuple(sorted((k, str(v)) for k, v in node.eqn.params.items()))
+    return node.op, params, node.out, len(node.inputs)
 
 
 def _unwrap(x: Any) -> Any:

@@ -78,7 +78,7 @@ class Site:
       where: name scopes.
       rows: new tokens in this call.
       form: the equations between the two matmuls.
-      mask: "structured" (made of positions) or "array".
+      mask: its name, see `masks.mask_name`; "" where it was not asked for.
       reason: why it was refused; "" where it was not.
     """
 
