@@ -155,8 +155,36 @@ def test_bytes_reported_are_those_of_the_buffers(name):
     assert state(cache).nbytes == buffers == row.nbytes
     own = memory_planner.tree_nbytes(shapes(functions)["layers"])
     assert row.nbytes_before == own
+    assert [layer.total for layer in row.layers] == layer_buffers(state(after).arrays, 3)
+    for layer in row.layers:
+        assert layer.head > 0
+        assert 2 * layer.head + layer.shared == layer.total
     if METHODS[name].selector is not None:
         assert buffers < 0.62 * own
+
+
+def layer_buffers(arrays, layers):
+    """Bytes of each layer's buffers."""
+    parts = arrays.get("layers", [])
+    whole = memory_planner.tree_nbytes(arrays)
+    return [memory_planner.tree_nbytes(part) for part in parts] or [whole // layers] * layers
+
+
+def test_explain_tells_layers_and_heads_apart():
+    functions, params = model(layers=3)
+    token = jnp.zeros((2, 1), jnp.int32)
+    rows = {}
+    for name in ("full", "snapkv", "adakv", "pyramidkv"):
+        fast, cache = made(name, functions, params)
+        rows[name] = fast.explain(params, token, cache).caches.rows[0]
+    assert len({layer.total for layer in rows["pyramidkv"].layers}) == 3
+    assert " to " in rows["pyramidkv"].each
+    assert len({layer.total for layer in rows["snapkv"].layers}) == 1
+    pooled, own = rows["adakv"].layers[0], rows["snapkv"].layers[0]
+    assert pooled.shared > 20 * own.shared  # one selection for all heads
+    full = rows["full"].layers[0]
+    assert full.head == 2 * 2 * LENGTH * 16 * 4  # batch, keys and values, tokens, elements, bytes
+    assert "a head" in rows["full"].each
 
 
 @pytest.mark.parametrize("name", ["kivi", "h2o", "adakv", "pyramidkv"])

@@ -19,6 +19,7 @@ from .method import Method
 from .spec import Group
 
 Arrays = dict[str, Any]
+BY_HEAD = ("main", "recent", "sinks", "channels")  # buffers with a part for each head
 
 
 def padded(method: Method, group: Group) -> int:

@@ -26,6 +26,7 @@ class CacheRow:
       nbytes_before, nbytes: bytes of the buffers.
       tokens: tokens that the program's cache has room for, all layers and rows of the batch together.
       sites: the attentions that read it.
+      layers: bytes of each layer, by head and shared; () for as it was.
       reason: why it was kept.
     """
 
@@ -37,6 +38,7 @@ class CacheRow:
     tokens: int
     sites: tuple[Site, ...]
     reason: str = ""
+    layers: tuple[store.Bytes, ...] = ()
 
     @classmethod
     def of(cls, group: Group, method: Method | None, sites: Sequence[Site]) -> CacheRow:
@@ -47,13 +49,25 @@ class CacheRow:
         reason = "kept by a rule" if method is None else ""
         name = "" if method is None else method.name
         tokens = group.length * group.batch
-        return cls(group.name, layout, name, group.nbytes, after, tokens, tuple(sites), reason)
+        layers = () if method is None else store.layer_nbytes(method, group)
+        return cls(
+            group.name, layout, name, group.nbytes, after, tokens, tuple(sites), reason, layers
+        )
 
     @classmethod
     def kept(cls, name: str, leaf: Any, reason: str) -> CacheRow:
         nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize
         layout = f"{leaf.dtype.name}[{','.join(map(str, leaf.shape))}]"
         return cls(name, layout, "", nbytes, nbytes, 0, (), reason)
+
+    @property
+    def each(self) -> str:
+        """Bytes of a layer: of each head, and of what heads share; of the first and the last where layers differ."""
+        layers = self.layers
+        if not layers:
+            return ""
+        parts = [_span([x.head for x in layers]) + " a head", _span([x.shared for x in layers])]
+        return f"{_span([x.total for x in layers])}: {' + '.join(parts)}"
 
     @property
     def how(self) -> str:
@@ -67,7 +81,7 @@ class CacheTable(ByteTable):
 
     rows: list[CacheRow]
 
-    HEADER = ("cache", "layout", "method", "before", "after", "bytes/token", "attention")
+    HEADER = ("cache", "layout", "method", "before", "after", "bytes/token", "a layer", "attention")
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -85,6 +99,7 @@ class CacheTable(ByteTable):
                 format_bytes(row.nbytes_before),
                 format_bytes(row.nbytes),
                 f"{row.nbytes / row.tokens:,.0f}" if row.tokens else "",
+                row.each,
                 row.how,
             )
             for row in self.rows
@@ -92,3 +107,8 @@ class CacheTable(ByteTable):
 
     def total(self) -> str:
         return self.saved("caches compressed", sum(bool(row.method) for row in self.rows))
+
+
+def _span(counts: Sequence[int]) -> str:
+    ends = dict.fromkeys((counts[0], counts[-1]))
+    return " to ".join(map(format_bytes, ends))

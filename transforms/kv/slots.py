@@ -69,6 +69,14 @@ def init(method: Method, group: Group, size: Sizes) -> Arrays:
     return arrays
 
 
+def by_head(method: Method) -> tuple[str, ...]:
+    """Names of the buffers with a part for each head."""
+    own = ("recent", "sinks", "recent_score")
+    if method.selector.pooled:
+        return own
+    return (*own, "main") if method.selector.together else (*own, "main", "main_at", "main_score")
+
+
 def empty(shapes: Arrays) -> Arrays:
     """Buffers with every slot empty."""
     arrays = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

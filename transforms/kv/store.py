@@ -102,6 +102,36 @@ def nbytes(method: Method, group: Group) -> int:
     return sum(math.prod(s.shape) * s.dtype.itemsize for s in leaves)
 
 
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """Bytes of one layer's buffers, the whole batch.
+
+    Attributes:
+      head: of each head, equal for all; 0 where heads share the buffers of the selection (pooled).
+      shared: what belongs to no head: positions, counts, pooled slots.
+      total: all of it.
+    """
+
+    head: int
+    shared: int
+    total: int
+
+
+def layer_nbytes(method: Method, group: Group) -> tuple[Bytes, ...]:
+    """Bytes of each layer's buffers; their sum is `nbytes`."""
+    found = shapes(method, group)
+    layers = found["layers"] if is_ragged(found) else [found] * group.layers
+    stack = 1 if is_ragged(found) else group.layers
+    return tuple(_layer_bytes(method, group, layer, stack) for layer in layers)
+
+
+def _layer_bytes(method: Method, group: Group, arrays: Any, stack: int) -> Bytes:
+    count = lambda tree: sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(tree))
+    names = direct.BY_HEAD if method.selector is None else slots.by_head(method)
+    total, own = (count(t) // stack for t in (arrays, [arrays[n] for n in names if n in arrays]))
+    return Bytes(own // group.heads, total - own, total)
+
+
 def working(
     method: Method, group: Group, arrays: Any, new: list[jax.Array], at: jax.Array, how: str
 ) -> Working:
