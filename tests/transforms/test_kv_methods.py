@@ -97,6 +97,70 @@ def test_batched_equals_single(name):
     np.testing.assert_allclose(two_calls(name)[1:], two_calls(name, 1), atol=2e-5)
 
 
+def padded_step(params, xs, cache):
+    """Two KV heads for four of queries; rows of the batch have texts of their own lengths at positions of their own."""
+    x, at, lengths = (
+        xs  # at: int32[B, T], S for a token of the padding; lengths: int32[B], this call's counted
+    )
+    q, k, v = (jnp.einsum("btd,dnh->btnh", x, params[n]) for n in "qkv")
+    rows = jnp.arange(x.shape[0])[:, None]
+    k, v = (cache[n].at[rows, at].set(y, mode="drop") for n, y in (("k", k), ("v", v)))
+    q = q.reshape(*q.shape[:2], 2, 2, -1)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k) / 4
+    slots = jnp.arange(k.shape[1])
+    seen = (slots <= at[..., None]) & (slots < lengths[:, None, None])
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e9), -1)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v), {"k": k, "v": v}
+
+
+def padded_cache(batch):
+    return {n: jax.ShapeDtypeStruct((batch, LENGTH, 2, 16), jnp.float32) for n in "kv"}
+
+
+PADDED = [64, 48, 0]  # tokens of each text; the last row of the batch is empty
+
+
+@functools.cache
+def padded_program(name, batch):
+    """A prompt of 64 tokens and a decode step, jitted; and an empty cache."""
+    rand = np.random.default_rng(3).standard_normal
+    shapes = {"q": (32, 4, 16), "k": (32, 2, 16), "v": (32, 2, 16)}
+    params = {n: jnp.asarray(rand(s, np.float32)) / 4 for n, s in shapes.items()}
+    fast = sx.compress_kv(METHODS[name])(padded_step, params=0, cache=2)
+
+    @jax.jit
+    def run(prompt, token, cache):
+        first, cache = fast(params, prompt, cache)
+        return first, fast(params, token, cache)[0]
+
+    x, at, n = (
+        jnp.zeros(s, t) for s, t in (((batch, 64, 32), float), ((batch, 64), int), (batch, int))
+    )
+    return run, fast.init_cache(padded_cache(batch), params, (x, at, n))
+
+
+def padded_calls(name, lengths):
+    """Outputs of a prompt of texts of `lengths` tokens, padded on the right to 64, and of one decode step."""
+    texts = np.random.default_rng(4).standard_normal((len(PADDED), 65, 32), np.float32)
+    x = jnp.asarray(texts[[PADDED.index(n) for n in lengths]])
+    n = jnp.asarray(lengths, jnp.int32)
+    at = jnp.where(jnp.arange(64) < n[:, None], jnp.arange(64), LENGTH)
+    run, cache = padded_program(name, len(lengths))
+    return run((x[:, :64], at, n), (x[:, 64:], n[:, None], n + 1), cache)
+
+
+@pytest.mark.parametrize("name", ["full", "kivi", "snapkv", "adakv", "h2o-int8"])
+def test_padded_in_a_batch_equals_single(name):
+    """Padding is dropped from the cache, and takes no room in it; a row without any token gives finite numbers."""
+    prompt, token = padded_calls(name, PADDED)
+    for row, length in enumerate(PADDED):
+        one, one_token = padded_calls(name, [length])
+        np.testing.assert_allclose(prompt[row, :length], one[0, :length], atol=2e-5)
+        np.testing.assert_allclose(token[row], one_token[0], atol=2e-5)
+    assert np.isfinite(prompt).all()
+    assert np.isfinite(token).all()
+
+
 def _first(name, batch):
     return made(name, batch=batch)[0], PARAMS
 
@@ -105,6 +169,8 @@ def _cache(name, batch):
     return made(name, batch=batch)[1]
 
 
+# Chunks of a prompt give the cache of the whole: codecs and BY_ROW. Not `think`, whose first call chooses channels, and
+# not selectors that look at what a call's queries or neighbours were.
 @pytest.mark.parametrize("name", ["full", "int8", "kivi", "kv2", *BY_ROW])
 def test_how_a_text_is_cut_into_calls_changes_nothing(name):
     """With one layer keys and values do not depend on what was attended to: the caches must be equal."""
