@@ -2,8 +2,9 @@
 
   python -m stowax.experiments.rewriting
 
-Three forms of one model: the layers unrolled, each layer under its own jit, and scanned. Expected: rewriting takes
-no longer than tracing when unrolled, and well under 60 ms in the other forms (2 cores, 30 layers).
+Three forms of one model: the layers unrolled, each layer under its own jit, and scanned; weights in 4 bits
+(`quantize`), then a decode step with a cache in 4 bits (`compress_kv`). Expected: rewriting weights takes no longer
+than tracing when unrolled, and well under 60 ms in the other forms (2 cores, 30 layers); for caches see `docs/kv.md`.
 """
 
 from __future__ import annotations
@@ -64,6 +65,60 @@ def _trace_and_rewrite(
     return 1e3 * (traced - start), 1e3 * (end - traced), len(program.jaxpr.eqns)
 
 
+def measure_cache(config: models.LlamaConfig, form: str, repeats: int = 3) -> dict[str, Any]:
+    """As `measure`, for `compress_kv` on a decode step; what is rewritten is found anew each time."""
+    scan = form == "scanned"
+    params = jax.eval_shape(lambda: models.init_params(config, scan=scan))
+    own = jax.eval_shape(lambda: models.functions(config, scan=scan).init_cache(1, 2048))
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    transform = sx.compress_kv(sx.recipes.kv4())
+    fast = lambda: transform(step_of(config, form), params=0, cache=2)
+    cache = jax.eval_shape(lambda: fast().init_cache(own, params, tokens))
+    plain = [_milliseconds(step_of(config, form), params, tokens, own) for _ in range(repeats + 1)]
+    whole = [_milliseconds(fast(), params, tokens, cache) for _ in range(repeats + 1)]
+    traced, both = (statistics.median(ms for ms, _ in times[1:]) for times in (plain, whole))
+    return {
+        "form": form,
+        "equations": plain[0][1],
+        "trace_ms": traced,
+        "rewrite_ms": both - traced,
+    }
+
+
+def _milliseconds(fn: Callable[..., Any], *args: Any) -> tuple[float, int]:
+    """To trace `fn` (of the processor: others may be using it too), and the number of its equations."""
+    start = time.process_time()
+    jaxpr = jax.make_jaxpr(fn)(*args)
+    return 1e3 * (time.process_time() - start), len(jaxpr.eqns)
+
+
+def step_of(config: models.LlamaConfig, form: str) -> Callable[..., Any]:
+    """A decode step; a new function object each time."""
+    if form == "jit":
+        return _jit_step(config)
+    inner = models.functions(config, scan=form == "scanned").step
+    return lambda params, tokens, cache: inner(params, tokens, cache)
+
+
+def _jit_step(config: models.LlamaConfig) -> Callable[..., Any]:
+    model: Any = nnx.eval_shape(lambda: models.Llama(config, scan=False, rngs=nnx.Rngs(0)))
+    whole, block = nnx.split(model)[0], nnx.split(model.layers["0"])[0]
+
+    @jax.jit
+    def layer(params: Any, x: jax.Array, rope: Any, index: jax.Array, cache: Any) -> Any:
+        return nnx.merge(block, params)(x, rope, index, cache)
+
+    def step(params: Any, tokens: jax.Array, cache: Any) -> Any:
+        model, index, after = nnx.merge(whole, params), cache["index"], {}
+        x, rope = model.embed(tokens), rope_angles(config, index, tokens.shape[1])
+        for i, own in cache["layers"].items():
+            x, after[i] = layer(params["layers"][i], x, rope, index, own)
+        logits = model.logits(model.final_norm(x))
+        return logits, {"index": index + tokens.shape[1], "layers": after}
+
+    return step
+
+
 def forward_of(config: models.LlamaConfig, form: str) -> Callable[..., jax.Array]:
     """A new function object each time, so that no cache of JAX's answers for the trace."""
     if form == "jit":
@@ -105,7 +160,9 @@ def smollm2(layers: int = 30) -> models.LlamaConfig:
 
 
 def main(_: list[str]) -> None:
-    print(table([measure(smollm2(LAYERS.value), form) for form in FORMS]))
+    for what, how in (("quantize", measure), ("compress_kv", measure_cache)):
+        print(what)
+        print(table([how(smollm2(LAYERS.value), form) for form in FORMS]))
 
 
 if __name__ == "__main__":

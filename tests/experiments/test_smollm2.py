@@ -30,6 +30,7 @@ def test_quality_of_variants(tmp_path):
 
 def test_rewriting_is_measured_in_every_form():
     config = dataclasses.replace(rewriting.smollm2(layers=4), vocab_size=512)
-    rows = {form: rewriting.measure(config, form, repeats=1) for form in rewriting.FORMS}
-    assert rows["unrolled"]["equations"] > 4 * rows["scanned"]["equations"]
-    assert all(row["trace_ms"] > 0 for row in rows.values())
+    for measure in (rewriting.measure, rewriting.measure_cache):
+        rows = {form: measure(config, form, repeats=1) for form in rewriting.FORMS}
+        assert rows["unrolled"]["equations"] > 3 * rows["scanned"]["equations"]
+        assert all(row["trace_ms"] > 0 for row in rows.values())
