@@ -10,9 +10,8 @@ from typing import Any
 import jax
 
 from ..codecs import Packed
-from . import reference, xla
-
-IMPLEMENTATIONS = {"xla": xla.matmul, "reference": reference.matmul}
+from . import dispatch
+from .dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
 
 
 def matmul(
@@ -30,7 +29,7 @@ def matmul(
       w: a packed ``[*B, N, K]``, encoded along K.
       precision: as in `jax.lax.dot_general`.
       preferred_element_type: as in `jax.lax.dot_general`.
-      implementation: "xla", "reference", or None for the best that this backend has.
+      implementation: one of `IMPLEMENTATIONS`, or None for the best that this backend has for these shapes.
 
     Returns:
       ``[*B, M, N]``. Gradients flow to `x` and to the float parts of `w`; the decoded weight is not kept
@@ -38,6 +37,7 @@ def matmul(
 
     Raises:
       ValueError: for shapes that do not fit, or an unknown `implementation`.
+      NotImplementedError: where the named implementation can't take these operands, with the reason.
     """
     if x.ndim != w.ndim or x.shape[-1] != w.shape[-1] or x.shape[:-2] != w.shape[:-2]:
         raise ValueError(
@@ -47,11 +47,9 @@ def matmul(
         raise ValueError(
             f"`implementation` is {implementation!r}; expected one of {sorted(IMPLEMENTATIONS)} or None"
         )
-    run = IMPLEMENTATIONS[implementation or "xla"]
-    return run(x, w, precision=precision, preferred_element_type=preferred_element_type)
+    return dispatch.run(x, w, precision, preferred_element_type, implementation)
 
 
-def kernel_name(w: Packed) -> str:
-    """What `matmul` will run for `w` here, for reports."""
-    tiles = xla.tile_count(w)
-    return "xla: decode + dot" if tiles == 1 else f"xla: decode + dot, {tiles} tiles"
+def kernel_name(x: Any, w: Packed) -> str:
+    """What `matmul` will run for `x` (its shape and dtype) and `w` here, for reports."""
+    return dispatch.describe(x, w)

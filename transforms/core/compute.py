@@ -40,7 +40,10 @@ def _dot_general(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[A
     if reason:
         run.note(w, eqn, "matmul", "decode", reason=reason, inner=inner, rows=rows)
         return _on_decoded(eqn, [w, x] if side == 0 else [x, w])
-    how = kernel_name(w.folded(batch[side])) if run.recorder else ""
+    how = ""
+    if run.recorder:
+        folded = jax.eval_shape(lambda x: fold_inputs(x, w, side, (contract, batch)), x)
+        how = kernel_name(folded, w.folded(batch[side]))
     run.note(w, eqn, "matmul", how, inner=inner, rows=rows)
     aval: Any = eqn.outvars[0].aval
     call = _packed_dot(

@@ -1,0 +1,18 @@
+"""What the Mosaic GPU kernels share: fragments of WGMMA made from packed codes, and small loads and stores.
+
+Every function takes `interpret`: inside the interpreter the registers' code has a plain jnp stand-in.
+"""
+
+from .fragments import Plan as Plan
+from .fragments import expand as expand
+from .fragments import plan_of as plan_of
+from .fragments import refusal as refusal
+from .fragments import terms_of as terms_of
+from .layout import ROWS as ROWS
+from .layout import is_whole as is_whole
+from .layout import load_table as load_table
+from .layout import permute_columns as permute_columns
+from .layout import scale_rows as scale_rows
+from .layout import store_transposed as store_transposed
+from .layout import sync as sync
+from .layout import tiled as tiled

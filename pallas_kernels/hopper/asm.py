@@ -1,0 +1,87 @@
+"""A few words of MLIR and PTX, for the bodies of `inline_mgpu`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, llvm, vector
+
+Value = Any  # an ir.Value
+
+
+def i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def i64() -> ir.Type:
+    return ir.IntegerType.get_signless(64)
+
+
+def const(x: int) -> Value:
+    """A 32-bit constant; bits above are cut off."""
+    x &= 0xFFFFFFFF
+    return arith.constant(i32(), ir.IntegerAttr.get(i32(), x if x < 2**31 else x - 2**32))
+
+
+def const64(x: int) -> Value:
+    return arith.constant(i64(), ir.IntegerAttr.get(i64(), x))
+
+
+def both(x: int) -> int:
+    """A 16-bit pattern in both halves of a word."""
+    return x | x << 16
+
+
+def lanes() -> tuple[Value, Value, Value]:
+    """A thread's warp in its warpgroup, its row of a core matrix, and its place in the quad."""
+    t = arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x))
+    warp = arith.andi(arith.shrui(t, const(5)), const(3))
+    return warp, arith.andi(arith.shrui(t, const(2)), const(7)), arith.andi(t, const(3))
+
+
+def first_row(warp: Value, g: Value) -> Value:
+    """The first of a thread's two rows of a ``[64, n]`` tile; the second is 8 below."""
+    return arith.addi(arith.muli(warp, const(16)), g)
+
+
+def word(code: str, *args: Value) -> Value:
+    """The 32-bit result of one line of PTX."""
+    return mgpu.utils.inline_ptx(code, *args, result_types=i32())
+
+
+def at(pointer: Value, offset: Value, element: ir.Type) -> Value:
+    dynamic = [-(2**31)]
+    return llvm.getelementptr(
+        pointer.type, pointer, [offset], dynamic, element, llvm.GEPNoWrapFlags.none
+    )
+
+
+def pointer(ref: Value) -> Value:
+    return mgpu.utils.memref_ptr(ref)
+
+
+def element(ref: Value) -> ir.Type:
+    return ir.MemRefType(ref.type).element_type
+
+
+def scalar(x: Any) -> Value:
+    """The register of an array without axes."""
+    (register,) = x.registers.flat
+    return register
+
+
+def bits(x: Value, kind: ir.Type) -> Value:
+    return mgpu.utils.bitcast(x, kind)
+
+
+def doubled(x: Value, i: int = 0) -> Value:
+    """Element `i` of a vector of 16-bit floats, in both halves of a word."""
+    return bits(vector.shuffle(x, x, [i, i]), i32())
+
+
+def array(registers: Any, layout: Any, shape: tuple[int, ...]) -> mgpu.FragmentedArray:
+    layout = layout.to_mgpu()
+    registers = registers.reshape(layout.registers_shape(shape))
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)

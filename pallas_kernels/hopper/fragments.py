@@ -1,0 +1,358 @@
+"""Packed codes as register operands of WGMMA.
+
+Two codes at a time become two 16-bit floats in a register. An integer is put into the mantissa of a power of two, by
+one logical operation, and what is too much is subtracted: exact, and without a conversion. Codes of several planes are put
+together on the way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from ..codecs import Codec
+from ..codecs.fp8 import Fp8
+from ..codecs.integer import Int
+from ..codecs.nf4 import LEVELS, NF4
+from ..codecs.packing import PLANES
+from . import asm
+from .layout import ROW, ROWS, WGMMA, tiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """Where some bits of a code are: in the bytes of `stream`, from bit `shift` on; they count from bit `up` of the code."""
+
+    stream: int
+    shift: int
+    width: int
+    up: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the codes of a row are taken apart.
+
+    A row is `pieces` equal parts, each of as many columns as every stream has bytes; a stream begins at that number of
+    bytes times its number.
+
+    Attributes:
+      streams: how many.
+      fields: for each piece the fields of its codes.
+      kind: "int", "levels" or "float".
+      bits: of a code.
+      middle: what is subtracted from a code where there is no table of zeros.
+      tables: the parts beside the codes, in order.
+      mantissa: bits, of a float.
+    """
+
+    streams: int
+    fields: tuple[tuple[Field, ...], ...]
+    kind: str
+    bits: int
+    middle: int = 0
+    tables: tuple[str, ...] = ("scale",)
+    mantissa: int = 0
+
+    @property
+    def pieces(self) -> int:
+        return len(self.fields)
+
+    @property
+    def has_zero(self) -> bool:
+        return "zero" in self.tables
+
+
+def plan_of(codec: Codec) -> Plan:
+    """The plan of a codec. Raises NotImplementedError, with the reason, where there is none."""
+    if isinstance(codec, Int) and codec.bits > 1:
+        tables = ("scale",) if codec.symmetric else ("scale", "zero")
+        return Plan(*_planes(codec.bits), "int", codec.bits, int(codec.middle), tables)
+    if isinstance(codec, NF4):
+        return Plan(*_planes(4), "levels", 4)
+    if isinstance(codec, Fp8):
+        return Plan(*_planes(8), "float", 8, mantissa={"e4m3": 3, "e5m2": 2}[codec.element])
+    raise NotImplementedError(f"no kernel for {codec.name}")
+
+
+def _planes(bits: int) -> tuple[int, tuple[tuple[Field, ...], ...]]:
+    pieces = max(8 // width for width in PLANES[bits])
+    fields: list[list[Field]] = [[] for _ in range(pieces)]
+    stream, up = 0, bits
+    for width in PLANES[bits]:
+        up -= width
+        bytes_ = pieces * width // 8  # of the plane, in pieces
+        for j in range(pieces):
+            fields[j].append(Field(stream + j % bytes_, width * (j // bytes_), width, up))
+        stream += bytes_
+    return stream, tuple(map(tuple, fields))
+
+
+def refusal(codec: Codec, length: int) -> str:
+    """Why rows of `length` codes can't be taken; "" where they can."""
+    try:
+        plan = plan_of(codec)
+    except NotImplementedError as error:
+        return str(error)
+    group = getattr(codec, "group", None)
+    if length % (64 * plan.pieces):
+        return f"K = {length} is no multiple of {64 * plan.pieces}"
+    if group is not None and group < length and group % 16:
+        return f"groups of {group} are no multiple of 16"
+    return ""
+
+
+MAGIC = {"bfloat16": 128, "float16": 1024}  # from here on integers are a unit apart
+
+
+def magic_bits(dtype: Any) -> int:
+    return int(np.asarray(MAGIC[jnp.dtype(dtype).name], dtype).view(np.uint16))
+
+
+def terms_of(plan: Plan, tables: Sequence[jax.Array], dtype: Any) -> tuple[jax.Array, ...]:
+    """What `expand` wants of a piece's table entries: scale, or base, scale and rest.
+
+    ``(code - zero) * scale = (code - base) * scale + rest`` with an integer base, so that nothing is lost where zeros are
+    integers, and next to nothing where they are not.
+    """
+    scale = tables[0].astype(jnp.float32)
+    if not plan.has_zero:
+        return (scale.astype(dtype),)
+    zero = tables[1].astype(jnp.float32)
+    base = jnp.round(zero)
+    rest = (base - zero) * scale
+    shift = 128 if plan.bits == 8 and dtype == jnp.bfloat16 else -MAGIC[jnp.dtype(dtype).name]
+    return tuple(t.astype(dtype) for t in (base - shift, scale, rest))
+
+
+def expand(
+    codes: Sequence[Any],
+    half: int,
+    terms: Sequence[Sequence[jax.Array]],
+    plan: Plan,
+    *,
+    dtype: Any,
+    row_bytes: int,
+    interpret: bool,
+) -> list[jax.Array]:
+    """64 bytes of every stream as A operands ``[64, 64]``, one for each piece, columns in the order of `permute_columns`.
+
+    Args:
+      codes: a tile ``uint8[64, row_bytes]`` of each stream in shared memory.
+      half: which 64 bytes.
+      terms: for each piece `terms_of` its tables, or () for codes less `middle`, unscaled.
+    """
+    if interpret:
+        return _expanded([ref[...] for ref in codes], half, terms, plan, dtype)
+    flat, tree = jax.tree.flatten(list(map(tuple, terms)))
+    layouts = [ROW if t.ndim == 1 else WGMMA for t in flat]
+    ref = plgpu.RefType(tiled(jnp.uint8, row_bytes))
+
+    @plgpu.inline_mgpu(
+        arg_types=([ref] * plan.streams, layouts),
+        return_type=[plgpu.ShapeDtypeStruct((ROWS, 64), dtype, layout=WGMMA)] * plan.pieces,
+    )
+    def run(ctx, refs, flat):
+        words = _load_words(refs, half, row_bytes)
+        pick = lambda v: asm.doubled(v, 0 if ir.VectorType(v.type).shape[0] == 1 else half)
+        pairs = [[pick(v) for v in t.registers.flat] for t in flat]
+        maker = _MAKERS[plan.kind](plan, jnp.dtype(dtype))
+        registers = maker(words, jax.tree.unflatten(tree, pairs))
+        return [asm.array(r, WGMMA, (ROWS, 64)) for r in registers]
+
+    return run(list(codes), flat)
+
+
+def _load_words(refs: Sequence[Any], half: int, row_bytes: int) -> list[list[list[Any]]]:
+    """A thread's 16 bytes of each stream and of its two rows, as words."""
+    warp, g, q = asm.lanes()
+    turn = g if row_bytes == 128 else arith.shrui(g, asm.const(1))  # the swizzle
+    chunk = arith.xori(arith.addi(q, asm.const(4 * half)), turn)
+    row = arith.muli(asm.first_row(warp, g), asm.const(row_bytes))
+    start = arith.addi(row, arith.muli(chunk, asm.const(16)))
+    quad, byte = ir.VectorType.get((4,), asm.i32()), ir.IntegerType.get_signless(8)
+    out = []
+    for ref in refs:
+        pointer, rows = asm.pointer(ref), []
+        for r in range(2):
+            place = asm.at(pointer, arith.addi(start, asm.const(8 * row_bytes * r)), byte)
+            v = llvm.load(quad, place, alignment=16)
+            take = lambda t, v=v: vector.extract(v, dynamic_position=[], static_position=[t])
+            rows.append([take(t) for t in range(4)])
+        out.append(rows)
+    return out
+
+
+class _Maker:
+    """Registers of A: for each piece ``[octet of columns, row]``; an octet is 2 t + o."""
+
+    def __init__(self, plan: Plan, dtype: Any):
+        self.plan, self.dtype = plan, dtype
+        self.kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
+        self.magic = asm.const(asm.both(magic_bits(dtype)))
+        element = ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get()
+        self.vector = ir.VectorType.get((2,), element)
+
+    def __call__(self, words: Any, terms: Any) -> list[np.ndarray]:
+        out = [np.empty((8, 2), dtype=object) for _ in range(self.plan.pieces)]
+        for r in range(2):
+            for t in range(4):
+                mine = [stream[r][t] for stream in words]
+                for piece, pairs in enumerate(self.pairs(mine)):
+                    for o, pair in enumerate(pairs):
+                        own = [term[r] for term in terms[piece]]
+                        out[piece][2 * t + o, r] = asm.bits(self.scaled(pair, own), self.vector)
+        return out
+
+    def pairs(self, words: list[Any]) -> list[list[Any]]:
+        """For each piece the levels of bytes 0 and 2, and of bytes 1 and 3, of the words of a thread."""
+        return [
+            [self.pair(words, fields, o) for o in range(2)] for fields in self.plan.fields
+        ]
+
+    def pair(self, words: list[Any], fields: tuple[Field, ...], o: int) -> Any:
+        raise NotImplementedError
+
+    def scaled(self, pair: Any, terms: list[Any]) -> Any:
+        return self.mul(pair, terms[0]) if terms else pair
+
+    def code(self, words: list[Any], fields: tuple[Field, ...], o: int, over: Any) -> Any:
+        """Codes of bytes o and o + 2 in the low bits of two halves, put over a word."""
+        for f in fields:
+            v, shift = words[f.stream], 8 * o + f.shift - f.up
+            if shift:
+                move = arith.shrui if shift > 0 else arith.shli
+                v = move(v, asm.const(abs(shift)))
+            mask = asm.const(asm.both((2**f.width - 1) << f.up))
+            over = asm.word("lop3.b32 $0, $1, $2, $3, 0xEA;", v, mask, over)
+        return over
+
+    def constant(self, x: float) -> Any:
+        return asm.const(asm.both(int(np.asarray(x, self.dtype).view(np.uint16))))
+
+    def sub(self, a: Any, b: Any) -> Any:
+        return asm.word(f"sub.rn.{self.kind} $0, $1, $2;", a, b)
+
+    def mul(self, a: Any, b: Any) -> Any:
+        return asm.word(f"mul.rn.{self.kind} $0, $1, $2;", a, b)
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        return asm.word(f"fma.rn.{self.kind} $0, $1, $2, $3;", a, b, c)
+
+
+class _Ints(_Maker):
+    def pair(self, words: list[Any], fields: tuple[Field, ...], o: int) -> Any:
+        if self.plan.bits == 8 and self.dtype == jnp.bfloat16:
+            return self.byte(words[0], o)
+        x = self.code(words, fields, o, self.magic)
+        less = MAGIC[self.dtype.name] + self.plan.middle
+        return x if self.plan.has_zero else self.sub(x, self.constant(less))
+
+    def byte(self, word: Any, o: int) -> Any:
+        """A code less 128: its low 7 bits over 128, less 256 or, where the high bit is set, 128."""
+        v = arith.shrui(word, asm.const(8)) if o else word
+        low, high = asm.const(asm.both(0x7F)), asm.const(asm.both(0x80))
+        a = asm.word("lop3.b32 $0, $1, $2, $3, 0xEA;", v, low, self.magic)
+        b = asm.word("lop3.b32 $0, $1, $2, $3, 0xAE;", v, high, self.magic)  # (~v & high) | magic
+        return self.sub(a, b)
+
+    def scaled(self, pair: Any, terms: list[Any]) -> Any:
+        if not self.plan.has_zero:
+            return super().scaled(pair, terms)
+        base, scale, rest = terms
+        return self.fma(self.sub(pair, base), scale, rest)
+
+
+class _Floats(_Maker):
+    """8-bit floats: their bits moved to the places of a wider float's, and the exponent's bias made up for."""
+
+    def pair(self, words: list[Any], fields: tuple[Field, ...], o: int) -> Any:
+        exponent = 7 - self.plan.mantissa
+        wide, bias = (7, 127) if self.dtype == jnp.bfloat16 else (10, 15)
+        up = wide - self.plan.mantissa
+        v, shift = words[0], up - 8 * o
+        move = arith.shli if shift > 0 else arith.shrui
+        v = move(v, asm.const(abs(shift))) if shift else v
+        sign = words[0] if o else arith.shli(words[0], asm.const(8))
+        body = arith.andi(v, asm.const(asm.both(0x7F << up)))
+        v = asm.word("lop3.b32 $0, $1, $2, $3, 0xEA;", sign, asm.const(asm.both(0x8000)), body)
+        return self.mul(v, self.constant(2.0 ** (bias - (2 ** (exponent - 1) - 1))))
+
+
+class _Levels(_Maker):
+    """16 levels, looked up by byte permutations, low and high bytes apart."""
+
+    def pairs(self, words: list[Any]) -> list[list[Any]]:
+        word = words[0]
+        table = [int(v) for v in np.asarray(LEVELS, self.dtype).view(np.uint16)]
+        pack = lambda values: asm.const(sum(v << 8 * i for i, v in enumerate(values)))
+        quarter = lambda i, shift: pack([v >> shift & 0xFF for v in table[4 * i : 4 * i + 4]])
+        tables = [[quarter(i, shift) for i in range(4)] for shift in (0, 8)]
+        permute = lambda a, b, s: asm.word("prmt.b32 $0, $1, $2, $3;", a, b, s)
+        index = arith.andi(word, asm.const(0x77777777))
+        upper = asm.word(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;",
+            arith.shrui(word, asm.const(1)), asm.const(0x44444444), asm.const(0x32103210),
+        )  # fmt: skip
+        nibbles = []  # pairs (low, high nibble) of bytes 0, 1, 2, 3
+        for part in range(2):
+            take = lambda x, part=part: arith.shrui(x, asm.const(16)) if part else x
+            i, u = take(index), take(upper)
+            low, high = (
+                permute(permute(t[0], t[1], i), permute(t[2], t[3], i), u) for t in tables
+            )
+            nibbles += [permute(low, high, asm.const(s)) for s in (0x5140, 0x7362)]
+        both = lambda i, s: permute(nibbles[i], nibbles[i + 2], asm.const(s))
+        return [[both(0, s), both(1, s)] for s in (0x5410, 0x7632)]
+
+
+_MAKERS = {"int": _Ints, "float": _Floats, "levels": _Levels}
+
+
+def _expanded(
+    codes: list[jax.Array], half: int, terms: Any, plan: Plan, dtype: Any
+) -> list[jax.Array]:
+    """`expand` in plain jnp."""
+    start = 64 * half
+
+    def ordered(x: jax.Array) -> jax.Array:
+        x = x[:, start : start + 64]
+        return x.reshape(ROWS, 4, 4, 2, 2).transpose(0, 2, 4, 1, 3).reshape(ROWS, 64)
+
+    def column(t: jax.Array) -> jax.Array:
+        if t.ndim == 1:
+            return t[:, None].astype(jnp.float32)
+        own = t[:, half::2].astype(jnp.float32)[:, None, None, :, None]
+        return jnp.broadcast_to(own, (ROWS, 4, 2, 4, 2)).reshape(ROWS, 64)
+
+    streams, out = [ordered(c).astype(jnp.int32) for c in codes], []
+    for fields, own in zip(plan.fields, terms):
+        code = sum(((streams[f.stream] >> f.shift) & (2**f.width - 1)) << f.up for f in fields)
+        level = _level(jnp.asarray(code), plan)
+        columns = [column(t) for t in own]
+        if plan.has_zero and columns:
+            base, scale, rest = columns
+            shift = 128 if plan.bits == 8 and dtype == jnp.bfloat16 else -MAGIC[dtype.name]
+            level = (level - (base + shift)).astype(dtype).astype(jnp.float32) * scale + rest
+        elif columns:
+            level = level * columns[0]
+        out.append(level.astype(dtype))
+    return out
+
+
+def _level(code: jax.Array, plan: Plan) -> jax.Array:
+    if plan.kind == "levels":
+        hot = (code[..., None] == jnp.arange(16)).astype(jnp.float32)
+        return sum(hot[..., i] * float(v) for i, v in enumerate(LEVELS))  # pyright: ignore
+    if plan.kind == "float":
+        kind = jnp.float8_e4m3fn if plan.mantissa == 3 else jnp.float8_e5m2
+        return jax.lax.bitcast_convert_type(code.astype(jnp.uint8), kind).astype(jnp.float32)
+    return code.astype(jnp.float32) - (0 if plan.has_zero else plan.middle)

@@ -1,0 +1,171 @@
+"""Tiles in shared memory, tables of scales in registers, the order of columns, and results.
+
+A warpgroup multiplies ``[64, k]`` fragments: thread (warp, g, q) holds rows ``16 warp + g`` and 8 below, and of every 16
+columns 2 q, 2 q + 1, 2 q + 8, 2 q + 9. Codes lie in shared memory as they lie in the file, rows of `row_bytes` bytes, swizzled.
+Each thread takes 16 contiguous bytes of its rows out of every 64, and a contraction does not care for the order of its
+columns: so the other operand is put into that order (`permute_columns`) instead of the codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from . import asm
+
+ROWS = 64  # of a fragment
+WGMMA = plgpu.Layout.WGMMA
+ROW = plgpu.Layout.WGMMA.reduce(1)
+SCALAR = plgpu.Layout.WG_SPLAT(())
+
+
+def tiled(dtype: Any, swizzle: int = 128) -> tuple[Any, ...]:
+    """Transforms of a tile whose rows are `swizzle` bytes, or a multiple."""
+    width = swizzle // jnp.dtype(dtype).itemsize
+    return (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(swizzle))
+
+
+def sync(interpret: bool) -> None:
+    """A barrier of the threads of a warpgroup."""
+    if interpret:
+        return
+
+    @plgpu.inline_mgpu()
+    def run(ctx):
+        mgpu.utils.warpgroup_barrier()
+
+    run()
+
+
+def permute_columns(x: jax.Array) -> jax.Array:
+    """Blocks of 64 columns in the order in which `expand` gives the bytes of a block; zeros fill the last one.
+
+    Byte ``16 q + 4 t + 2 e + o`` of a block is column ``16 t + 8 o + 2 q + e``.
+    """
+    *lead, k = x.shape
+    x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, -k % 64)])
+    blocks = x.reshape(*lead, -1, 4, 4, 2, 2)  # q, t, e, o
+    n = blocks.ndim
+    order = [*range(n - 4), n - 3, n - 1, n - 4, n - 2]
+    return blocks.transpose(order).reshape(x.shape)
+
+
+def is_whole(group: int, piece: int, row_bytes: int, n_groups: int) -> bool:
+    """Whether the bytes that a stage takes of a row are all in one group."""
+    return n_groups == 1 or (group % row_bytes == 0 and piece % row_bytes == 0)
+
+
+def load_table(ref: Any, row: Any, column: Any, group: int, whole: bool, interpret: bool) -> Any:
+    """What a table ``[N, n_groups]`` has for 64 rows from `row` and the codes from `column` on.
+
+    Returns:
+      ``[64]`` where all codes of the stage are in one group; else ``[64, 8]``, entry ``2 q + h`` for byte 16 q of the h-th 64 bytes.
+    """
+    n_groups = ref.shape[1]
+    index = lambda c: jnp.minimum(c // group, n_groups - 1)
+    if interpret and whole:
+        return ref[pl.ds(row, ROWS), index(column)]
+    if interpret:
+        at = [index(column + 64 * (c % 2) + 16 * (c // 2)) for c in range(8)]
+        return jnp.stack([ref[pl.ds(row, ROWS), i] for i in at], axis=1)
+    shape, layout = ((ROWS,), ROW) if whole else ((ROWS, 8), WGMMA)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), SCALAR, SCALAR),
+        return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout),
+    )
+    def load(ctx, ref, row, column):
+        element = asm.element(ref)
+        warp, g, q = asm.lanes()
+        column, first = asm.scalar(column), arith.addi(asm.scalar(row), asm.first_row(warp, g))
+        columns = [column]
+        if not whole:
+            own = arith.addi(column, arith.muli(q, asm.const(16)))
+            columns = [own, arith.addi(own, asm.const(64))]
+        last = asm.const(n_groups - 1)
+        entries = [arith.minui(arith.divui(c, asm.const(group)), last) for c in columns]
+        start = arith.extsi(asm.i64(), arith.muli(first, asm.const(n_groups)))
+        pointer, registers = asm.pointer(ref), []
+        for half in range(2):
+            base = arith.addi(start, asm.const64(8 * half * n_groups))
+            found = [arith.addi(base, arith.extsi(asm.i64(), e)) for e in entries]
+            loaded = [llvm.load(element, asm.at(pointer, i, element)) for i in found]
+            kind = ir.VectorType.get((len(loaded),), element)
+            registers.append(vector.from_elements(kind, loaded))
+        return asm.array(np.array(registers, dtype=object), layout, shape)
+
+    return load(ref, row, column)
+
+
+def scale_rows(total: jax.Array, x: jax.Array, scale: jax.Array, interpret: bool) -> jax.Array:
+    """``total + x * scale[:, None]`` in float32; `scale` is ``[64]``."""
+    if interpret:
+        return total + x * scale[:, None]
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA, WGMMA, ROW),
+        return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=WGMMA),
+    )
+    def run(ctx, total, x, scale):
+        fast = {"fastmath": arith.FastMathFlags.contract}
+        scales = [vector.shuffle(v, v, [0, 0]) for v in scale.registers.flat]
+        old, new = total.registers.reshape(-1, 2), x.registers.reshape(-1, 2)
+        out = np.empty_like(old)
+        for i in range(len(old)):
+            for half in range(2):
+                product = arith.mulf(new[i, half], scales[half], **fast)
+                out[i, half] = arith.addf(old[i, half], product, **fast)
+        return asm.array(out, WGMMA, tuple(total.shape))
+
+    return run(total, x, scale)
+
+
+def store_transposed(
+    out: Any, tile: jax.Array, row: Any, column: Any, stop: Any, interpret: bool
+) -> None:
+    """Writes ``tile[j, i]`` to ``out[row + i, column + j]`` for rows below `stop`."""
+    width = tile.shape[1]
+    if interpret:
+        out[pl.ds(row, width), pl.ds(column, ROWS)] = tile.T.astype(out.dtype)
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA, SCALAR, SCALAR, SCALAR))
+    def run(ctx, ref, tile, row, column, stop):
+        element, pointer = asm.element(ref), asm.pointer(ref)
+        warp, g, q = asm.lanes()
+        stop = asm.scalar(stop)
+        first = arith.extsi(asm.i64(), arith.addi(asm.scalar(column), asm.first_row(warp, g)))
+        own = arith.addi(asm.scalar(row), arith.muli(q, asm.const(2)))
+        registers = tile.registers.reshape(width // 8, 2)
+        stride = asm.const64(ir.MemRefType(ref.type).shape[1])
+        for octet in range(width // 8):
+            for e in range(2):
+                r = arith.addi(own, asm.const(8 * octet + e))
+                inside = arith.cmpi(arith.CmpIPredicate.slt, r, stop)
+                start = arith.addi(arith.muli(arith.extsi(asm.i64(), r), stride), first)
+                for half in range(2):
+                    x = vector.extract(
+                        registers[octet, half], dynamic_position=[], static_position=[e]
+                    )
+                    place = asm.at(pointer, arith.addi(start, asm.const64(8 * half)), element)
+                    _store(place, x, element, inside)
+
+    run(out, tile, row, column, stop)
+
+
+def _store(place: Any, x: Any, element: ir.Type, inside: Any) -> None:
+    place = llvm.ptrtoint(asm.i64(), place)
+    if isinstance(element, ir.F32Type):
+        x = asm.bits(x, asm.i32())
+        mgpu.utils.inline_ptx("@$2 st.global.b32 [$0], $1;", place, x, inside)
+        return
+    x = asm.bits(arith.truncf(element, x), ir.IntegerType.get_signless(16))
+    mgpu.utils.inline_ptx("@$2 st.global.b16 [$0], $1;", place, x, inside)

@@ -1,0 +1,397 @@
+"""Weight-only matmul on Hopper: packed weights are the register operand of WGMMA, activations the one in shared memory.
+
+``out.T = w @ x.T``: a warpgroup multiplies 64 rows of the weight, of which it makes 16-bit floats in its registers
+(`hopper.fragments`), with `block_m` rows of x. A stage of the ring is `row_bytes` bytes of codes of each row and the columns of
+x that belong to them, one bulk copy each. Warpgroups of a block take different rows and share x (`rows`), or different
+parts of K (`split`); blocks may split K as well (`grid_k`), and their sums are added by XLA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .. import hopper
+from ..codecs import Packed
+from ..hopper import ROWS
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a matmul is cut into blocks.
+
+    Attributes:
+      block_m: rows of x in a block: a multiple of 8, up to 256.
+      rows: warpgroups that take 64 rows of the weight each.
+      split: warpgroups that take a part of K each.
+      stages: of the ring.
+      row_bytes: bytes of codes that a stage takes of a row: 64 or 128.
+      grid_k: blocks that take a part of K each.
+      unroll: stages in a body of the loop.
+    """
+
+    block_m: int = 8
+    rows: int = 1
+    split: int = 2
+    stages: int = 2
+    row_bytes: int = 128
+    grid_k: int = 1
+    unroll: int = 1
+
+
+def refusal(x: jax.Array, w: Packed) -> str:
+    """Why this kernel can't take ``x @ w.T``; "" where it can."""
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"x is {x.dtype}, not bfloat16 or float16"
+    if w.shape[-2] < ROWS or w.shape[-2] % 8:
+        return f"N = {w.shape[-2]} is below {ROWS} or no multiple of 8"
+    return hopper.refusal(w.codec, w.shape[-1])
+
+
+def matmul(
+    x: jax.Array, w: Packed, config: Config, *, out_dtype: Any = None, interpret: bool = False
+) -> jax.Array:
+    """``[B, M, K] x [B, N, K] -> [B, M, N]``, summed in float32, of `out_dtype` (None: as x)."""
+    (batch, m, k), n = x.shape, w.shape[-2]
+    plan = hopper.plan_of(w.codec)
+    tables = [_table(w.parts[name], batch, n) for name in plan.tables]
+    codes = w.parts["codes"].reshape(batch * n, -1)
+    columns = hopper.permute_columns(x.reshape(batch, m, plan.pieces, -1))
+    columns = columns.swapaxes(1, 2).reshape(batch * plan.pieces, m, -1)
+    columns = jnp.pad(columns, ((0, 0), (0, -m % 8), (0, 0)))
+    group = getattr(w.codec, "group", None) or k
+    problem = _Problem(config, plan, batch, m, n, k, group, tables[0].shape[1], x.dtype,
+                       jnp.dtype(out_dtype or x.dtype), interpret)  # fmt: skip
+    return problem(columns, codes, tables)
+
+
+def shared_bytes(config: Config, plan: hopper.Plan) -> int:
+    """Bytes of shared memory that a block takes, barriers not counted."""
+    c = config
+    codes = plan.streams * ROWS * c.rows * c.row_bytes
+    x = plan.pieces * c.block_m * c.row_bytes * 2
+    sums = (c.split - 1) * c.rows * ROWS * c.block_m * 4
+    return c.split * c.stages * (codes + x) + sums
+
+
+def _table(part: jax.Array, batch: int, n: int) -> jax.Array:
+    """A scale or zero for each row and group: ``[B * N, n_groups]``."""
+    return jnp.broadcast_to(part, (batch, n, part.shape[-1])).reshape(batch * n, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    config: Config
+    plan: hopper.Plan
+    batch: int
+    m: int
+    n: int
+    k: int
+    group: int
+    n_groups: int
+    dtype: Any
+    out_dtype: Any
+    interpret: bool
+
+    @property
+    def piece(self) -> int:
+        """Columns of a piece: bytes of a stream."""
+        return self.k // self.plan.pieces
+
+    @property
+    def mine(self) -> int:
+        """Stages of one warpgroup."""
+        c = self.config
+        total = pl.cdiv(self.piece, c.row_bytes)
+        return pl.cdiv(pl.cdiv(total, c.split * c.grid_k), c.unroll) * c.unroll
+
+    @property
+    def whole(self) -> bool:
+        return hopper.is_whole(self.group, self.piece, self.config.row_bytes, self.n_groups)
+
+    @property
+    def scales_sums(self) -> bool:
+        """Whether sums over a stage are scaled, not the weights: fewer operations where sums are few, and more exact."""
+        return self.config.block_m <= 16 and self.whole and not self.plan.has_zero
+
+    def __call__(self, x: jax.Array, codes: jax.Array, tables: list[jax.Array]) -> jax.Array:
+        c, plan = self.config, self.plan
+        rows_m, splits = pl.cdiv(self.m, c.block_m), self.batch * c.grid_k
+        out_m = self.m
+        if self.interpret:  # the interpreter does not read or write outside of an array
+            x, codes, out_m = self.padded(x, codes)
+        dtype = jnp.float32 if c.grid_k > 1 else self.out_dtype
+        kernel = plgpu.kernel(
+            _Body(self, out_m),
+            out_type=jax.ShapeDtypeStruct((splits * out_m, self.n), dtype),
+            grid=(pl.cdiv(self.n, ROWS * c.rows), rows_m, splits),
+            grid_names=("n", "m", "z"),
+            num_threads=c.rows * c.split,
+            thread_name="wg",
+            scratch_types=self.scratch(),
+            compiler_params=plgpu.CompilerParams(
+                lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+            ),
+            interpret=plgpu.InterpretGPUParams() if self.interpret else None,
+        )
+        out = kernel(x, codes, *tables).reshape(self.batch, c.grid_k, out_m, self.n)
+        out = out.sum(1) if c.grid_k > 1 else out[:, 0]
+        return out[:, : self.m].astype(self.out_dtype)
+
+    def padded(self, x: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array, int]:
+        c = self.config
+        columns = self.mine * c.split * c.grid_k * c.row_bytes
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % c.block_m), (0, max(0, columns - x.shape[2]))))
+        return x, jnp.pad(codes, ((0, 0), (0, columns))), x.shape[1]
+
+    def scratch(self) -> dict[str, Any]:
+        c, plan = self.config, self.plan
+        ring, block = (c.split, c.stages), ROWS * c.rows
+        slots = c.split * c.stages
+        tile = hopper.tiled
+        scratch: dict[str, Any] = {
+            "codes": plgpu.SMEM(
+                (*ring, plan.streams, block, c.row_bytes),
+                jnp.uint8,
+                transforms=tile(jnp.uint8, c.row_bytes),
+            ),
+            "x": plgpu.SMEM(
+                (*ring, plan.pieces, c.block_m, c.row_bytes), self.dtype, transforms=tile(self.dtype)
+            ),
+            "full": plgpu.Barrier(num_arrivals=1 + plan.streams, num_barriers=slots),
+        }
+        if c.rows > 1:
+            scratch["empty"] = plgpu.Barrier(num_arrivals=c.rows, num_barriers=slots)
+        if c.split > 1:
+            sums = ((c.split - 1) * c.rows, ROWS, c.block_m)
+            scratch["sums"] = plgpu.SMEM(sums, jnp.float32)
+            scratch["done"] = plgpu.Barrier(num_arrivals=c.split - 1, num_barriers=c.rows)
+        if self.interpret:  # its WGMMA takes no registers
+            scratch["staged"] = plgpu.SMEM((c.rows * c.split, ROWS, 64), self.dtype)
+        return scratch
+
+
+class _Body:
+    """The kernel's body, for one warpgroup."""
+
+    def __init__(self, problem: _Problem, out_m: int):
+        self.problem, self.out_m = problem, out_m
+        self.config, self.plan = problem.config, problem.plan
+        self.interpret = problem.interpret
+
+    def __call__(self, *refs: Any, **scratch: Any) -> None:
+        x, codes, *tables, out = refs
+        p, c = self.problem, self.config
+        wg, z = lax.axis_index("wg"), lax.axis_index("z")
+        part, sub = wg // c.rows, lax.rem(wg, c.rows)
+        entry, split = z // c.grid_k, lax.rem(z, c.grid_k)
+        block = ROWS * c.rows
+        # the last block begins earlier instead of ending later
+        column = jnp.minimum(lax.axis_index("n") * block, max(0, p.n - block))
+        one = _Warpgroup(
+            body=self, x=x, codes=codes, tables=tables, out=out, scratch=scratch, wg=wg,
+            part=part, sub=sub, entry=entry, column=column, row=lax.axis_index("m") * c.block_m,
+            first=(split * c.split + part) * p.mine,
+        )  # fmt: skip
+        total = one.sums() if p.scales_sums else one.product()
+        one.finish(total, z * self.out_m)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Warpgroup:
+    """Attributes:
+    part, sub: which part of K and which 64 rows of the block.
+    entry: of the batch.
+    column, row: where the block's tile of the result begins.
+    first: the first stage.
+    """
+
+    body: _Body
+    x: Any
+    codes: Any
+    tables: Sequence[Any]
+    out: Any
+    scratch: dict[str, Any]
+    wg: Any
+    part: Any
+    sub: Any
+    entry: Any
+    column: Any
+    row: Any
+    first: Any
+
+    @property
+    def p(self) -> _Problem:
+        return self.body.problem
+
+    @property
+    def c(self) -> Config:
+        return self.body.config
+
+    @property
+    def interpret(self) -> bool:
+        return self.body.interpret
+
+    def barrier(self, name: str, slot: Any) -> Any:
+        return self.scratch[name].at[self.part * self.c.stages + slot]
+
+    # the ring
+
+    def fetch(self, i: Any) -> None:
+        """Starts the copies of a stage."""
+        p, c, plan = self.p, self.c, self.body.plan
+        slot, offset = lax.rem(i, c.stages), (self.first + i) * c.row_bytes
+        full, rows = self.barrier("full", slot), pl.ds(self.entry * p.n + self.column, ROWS * c.rows)
+        for stream in range(plan.streams):
+            columns = pl.ds(stream * p.piece + offset, c.row_bytes)
+            to = self.scratch["codes"].at[self.part, slot, stream]
+            plgpu.copy_gmem_to_smem(self.codes.at[rows, columns], to, full)
+        pieces = pl.ds(self.entry * plan.pieces, plan.pieces)
+        x = self.x.at[pieces, pl.ds(self.row, c.block_m), pl.ds(offset, c.row_bytes)]
+        plgpu.copy_gmem_to_smem(x, self.scratch["x"].at[self.part, slot], full)
+
+    def start(self) -> None:
+        for i in range(min(self.c.stages, self.p.mine)):
+            self.as_leader(lambda i=i: self.fetch(jnp.int32(i)))
+
+    def as_leader(self, run: Any, also: Any = True) -> None:
+        """`run` by the warpgroup that fetches for all that share a ring."""
+        if self.c.rows > 1:
+            also = also & (self.sub == 0)
+        if also is True:
+            run()
+        else:
+            pl.when(also)(run)
+
+    def release(self, i: Any) -> None:
+        """Stage `i` was read: refills its slot, or that of the stage before where other warpgroups read it too."""
+        c, mine = self.c, self.p.mine
+        hopper.sync(self.interpret)
+        if c.rows == 1:
+            self.as_leader(lambda: self.fetch(i + c.stages), i + c.stages < mine)
+            return
+        plgpu.barrier_arrive(self.barrier("empty", lax.rem(i, c.stages)))
+        late = i + c.stages - 1
+
+        def refill() -> None:
+            plgpu.barrier_wait(self.barrier("empty", lax.rem(late, c.stages)))
+            self.fetch(late)
+
+        self.as_leader(refill, (i > 0) & (late < mine))
+
+    # a stage
+
+    def entries(self, i: Any) -> list[list[jax.Array]]:
+        """Table entries of a stage, piece by piece."""
+        p, c = self.p, self.c
+        row = self.entry * p.n + self.column + self.sub * ROWS
+        start = (self.first + i) * c.row_bytes
+        load = lambda table, at: hopper.load_table(
+            table, row, at, p.group, p.whole, self.interpret
+        )
+        return [
+            [load(table, piece * p.piece + start) for table in self.tables]
+            for piece in range(self.body.plan.pieces)
+        ]
+
+    def multiply(self, i: Any, terms: Any, accumulators: Sequence[Any]) -> None:
+        """Adds a stage to the accumulators of its pieces."""
+        p, c, plan = self.p, self.c, self.body.plan
+        slot = lax.rem(i, c.stages)
+        plgpu.barrier_wait(self.barrier("full", slot))
+        rows = pl.ds(self.sub * ROWS, ROWS)
+        codes = [self.scratch["codes"].at[self.part, slot, s, rows] for s in range(plan.streams)]
+        for half in range(c.row_bytes // 64):
+            made = hopper.expand(
+                codes, half, terms, plan,
+                dtype=p.dtype, row_bytes=c.row_bytes, interpret=self.interpret,
+            )  # fmt: skip
+            for piece, a in enumerate(made):
+                columns = pl.ds(64 * half, 64)
+                b = self.scratch["x"].at[self.part, slot, piece, :, columns].T
+                if self.interpret:
+                    staged = self.scratch["staged"].at[self.wg]
+                    staged[...] = a
+                    plgpu.wgmma(accumulators[piece], staged, b)
+                    plgpu.wgmma_wait(0)
+                else:
+                    plgpu.wgmma(accumulators[piece], a, b)
+
+    def product(self) -> jax.Array:
+        """Scaled weights times x, in one accumulator."""
+        p, c, plan = self.p, self.c, self.body.plan
+        self.start()
+
+        def scope(acc: Any) -> jax.Array:
+            def step(i: Any, entries: Any) -> Any:
+                for u in range(c.unroll):
+                    now, later = entries, self.entries(i * c.unroll + u + 1)
+                    terms = [hopper.terms_of(plan, e, p.dtype) for e in now]
+                    self.multiply(i * c.unroll + u, terms, [acc] * plan.pieces)
+                    entries = later
+                plgpu.wgmma_wait(0)
+                for u in range(c.unroll):
+                    self.release(i * c.unroll + u)
+                return entries
+
+            lax.fori_loop(0, p.mine // c.unroll, step, self.entries(jnp.int32(0)))
+            return acc[...]
+
+        return pl.run_scoped(scope, plgpu.ACC((ROWS, c.block_m), jnp.float32))
+
+    def sums(self) -> jax.Array:
+        """Sums of each stage and piece, scaled and added in registers."""
+        p, c, plan = self.p, self.c, self.body.plan
+        shape = (ROWS, c.block_m)
+        self.start()
+
+        def step(i: Any, carry: Any) -> Any:
+            now, total = carry
+            later = self.entries(i + 1)
+
+            def scope(*accumulators: Any) -> list[jax.Array]:
+                self.multiply(i, [()] * plan.pieces, accumulators)
+                return [acc[...] for acc in accumulators]
+
+            found = pl.run_scoped(scope, *[plgpu.ACC(shape, jnp.float32)] * plan.pieces)
+            self.release(i)
+            for x, (scale,) in zip(found, now):
+                total = hopper.scale_rows(total, x, scale.astype(jnp.float32), self.interpret)
+            return later, total
+
+        zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+        return lax.fori_loop(0, p.mine, step, (self.entries(jnp.int32(0)), zeros))[1]
+
+    def finish(self, total: jax.Array, row: Any) -> None:
+        """Adds what the warpgroups with other parts of K have, and writes the tile to rows from `row` on."""
+        c = self.c
+        column, start = self.column + self.sub * ROWS, row + self.row
+        store = lambda x: hopper.store_transposed(
+            self.out, x, start, column, row + self.body.out_m, self.interpret
+        )
+        if c.split == 1:
+            store(total)
+            return
+        sums, done = self.scratch["sums"], self.scratch["done"].at[self.sub]
+
+        @pl.when(self.part > 0)
+        def _() -> None:
+            sums[(self.part - 1) * c.rows + self.sub] = total
+            hopper.sync(self.interpret)
+            plgpu.barrier_arrive(done)
+
+        @pl.when(self.part == 0)
+        def _() -> None:
+            plgpu.barrier_wait(done)
+            x = total
+            for j in range(c.split - 1):
+                other = sums.at[j * c.rows + self.sub]
+                x = x + plgpu.load(other, layout=plgpu.Layout.WGMMA, optimized=False)
+            store(x)

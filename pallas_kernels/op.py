@@ -1,0 +1,106 @@
+"""An operation that has an implementation of its own on some platforms, chosen when a program is lowered.
+
+A program that holds one is traced once for all platforms. Kernels are traced where they are used, so a program for the
+CPU costs nothing more, and an exported program picks for each platform that it is exported for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+Implementation = Callable[..., jax.Array]  # of a pytree of operands, and static options
+
+
+class Op:
+    """``op(operands, **options)``: `default`, or what `on` has for the platform.
+
+    Args:
+      name: of the primitive.
+      default: works everywhere; the shape of its result is the operation's.
+      on: by platform ("cuda", "tpu"), None or another implementation.
+      batch: the rule for `jax.vmap`: ``(op, size, operands, is_batched, options) -> result``, its new axis in front.
+
+    Options are hashable. The gradient is that of `default`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        default: Implementation,
+        on: dict[str, Implementation],
+        batch: Callable[..., jax.Array],
+    ):
+        self.name, self.default, self.batch = name, default, batch
+        self.primitive = p = Primitive(name)
+        p.def_abstract_eval(self._abstract)
+        p.def_impl(self._eager)
+        batching.primitive_batchers[p] = self._batched
+        mlir.register_lowering(p, self._lowering(default, None))
+        for platform, implementation in on.items():
+            rule = self._lowering(implementation, platform)
+            mlir.register_lowering(p, rule, platform=platform)
+
+    def __call__(self, operands: Any, **options: Any) -> jax.Array:
+        bind = functools.partial(self._bind, **options)
+        default = functools.partial(self.default, **options)
+        call = jax.custom_jvp(bind)
+        call.defjvp(lambda x, dx: (bind(*x), jax.jvp(default, x, dx)[1]))
+        return call(operands)
+
+    def _bind(self, operands: Any, **options: Any) -> jax.Array:
+        leaves, tree = jax.tree.flatten(operands)
+        return self.primitive.bind(*leaves, tree=tree, options=tuple(sorted(options.items())))
+
+    def _abstract(self, *leaves: Any, tree: Any, options: Any) -> Any:
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+        run = functools.partial(self.default, **dict(options))
+        out = jax.eval_shape(run, jax.tree.unflatten(tree, shapes))
+        return leaves[0].update(shape=out.shape, dtype=out.dtype, weak_type=False)
+
+    def _eager(self, *leaves: Any, **params: Any) -> jax.Array:
+        return jax.jit(functools.partial(self.primitive.bind, **params))(*leaves)
+
+    def _batched(
+        self, leaves: Sequence[Any], dims: Sequence[Any], *, tree: Any, options: Any
+    ) -> tuple[jax.Array, int]:
+        front = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(leaves, dims)]
+        is_batched = [d is not None for d in dims]
+        size = next(x.shape[0] for x, b in zip(front, is_batched) if b)
+        unflatten = functools.partial(jax.tree.unflatten, tree)
+        bind = functools.partial(self._bind, **dict(options))
+        return self.batch(bind, size, unflatten(front), unflatten(is_batched)), 0
+
+    def _lowering(self, implementation: Implementation, platform: str | None) -> Any:
+        def run(*leaves: Any, tree: Any, options: Any) -> jax.Array:
+            return implementation(jax.tree.unflatten(tree, leaves), **dict(options))
+
+        lower = mlir.lower_fun(run, multiple_results=False)
+        if platform is None:
+            return lower
+
+        def rule(ctx: Any, *args: Any, **params: Any) -> Any:
+            # Mosaic GPU refuses modules for several platforms; what is lowered here is for one.
+            module = ctx.module_context.replace(platforms=(platform,))
+            return lower(ctx.replace(module_context=module), *args, **params)
+
+        return rule
+
+
+def one_by_one(call: Any, size: int, operands: Any, is_batched: Any) -> jax.Array:
+    """A batching rule: a loop over the entries of the batched operands."""
+    leaves, tree = jax.tree.flatten(operands)
+    flags = jax.tree.leaves(is_batched)
+    rows = [x for x, b in zip(leaves, flags) if b]
+
+    def entry(row: Any) -> jax.Array:
+        rest = iter(row)
+        return call(jax.tree.unflatten(tree, [next(rest) if b else x for x, b in zip(leaves, flags)]))
+
+    return jax.lax.map(entry, rows)

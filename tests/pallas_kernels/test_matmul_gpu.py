@@ -1,0 +1,199 @@
+"""The Hopper matmul without a GPU: its numbers in the interpreter, its lowering for CUDA, and who chooses it."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import PartitionSpec as P
+
+from stowax.pallas_kernels import codecs, hopper, kernel_name, matmul
+from stowax.pallas_kernels.matmul import dispatch, mosaic_gpu, tuned, xla
+from stowax.pallas_kernels.matmul.mosaic_gpu import Config
+
+# spec, M, K, N, config, dtype: formats, ragged rows and columns, groups across a stage, every way to share K and rows
+CASES = {
+    "int4, sums scaled": ("int4-g128-sym", 5, 512, 64, Config(split=1), "bfloat16"),
+    "int4, zeros": ("int4-g64", 3, 256, 72, Config(split=1), "bfloat16"),
+}
+SLOW = {
+    "int4, a channel": ("int4-sym", 9, 512, 64, Config(16), "float16"),
+    "int4, small groups": ("int4-g32", 20, 384, 128, Config(16, rows=2, split=1), "bfloat16"),
+    "int4, K over blocks": ("int4-g32-sym", 7, 512, 64, Config(split=1, row_bytes=64, grid_k=2), "bfloat16"),
+    "int4, unrolled": ("int4-g128-sym", 5, 512, 64, Config(32, 1, 1, 4, 64, 1, 2), "bfloat16"),
+    "int8": ("int8", 5, 256, 64, Config(split=1), "bfloat16"),
+    "int8, zeros": ("int8-g32-asym", 5, 256, 64, Config(split=1), "bfloat16"),
+    "int8, zeros, f16": ("int8-g32-asym", 5, 256, 64, Config(split=1), "float16"),
+    "int2": ("int2-g64", 5, 256, 64, Config(split=1, row_bytes=64), "bfloat16"),
+    "int3": ("int3-g32", 5, 512, 64, Config(split=1, row_bytes=64), "bfloat16"),
+    "int5": ("int5-g64", 5, 512, 64, Config(split=1, row_bytes=64), "float16"),
+    "nf4": ("nf4-g64", 5, 256, 64, Config(split=1), "bfloat16"),
+    "e4m3": ("fp8_e4m3", 5, 256, 64, Config(split=1), "bfloat16"),
+    "e5m2": ("fp8_e5m2-g64", 5, 256, 64, Config(split=1), "float16"),
+    "split": ("int4-g128-sym", 5, 1024, 64, Config(split=2), "bfloat16"),
+}  # fmt: skip
+REAL = [  # K, N of a Llama of 8 billion parameters, and odd ones
+    (4096, 14336), (14336, 4096), (4096, 6144), (4096, 4096), (4096, 128_256), (1536, 576), (896, 128),
+]  # fmt: skip
+SPECS = ["int8", "int4-g128-sym", "int4-g64", "int3-g64", "int2-g128", "nf4-g64", "fp8_e4m3"]
+
+
+def operands(spec, m, k, n, dtype="bfloat16", batch=1):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((batch, m, k)), dtype)
+    w = jnp.asarray(rng.standard_normal((batch, n, k)), dtype)
+    return x, codecs.pack(w, codecs.get(spec), lead=(0, 1), inner=(2,))
+
+
+def shapes(spec, m, k, n, dtype="bfloat16", batch=1):
+    """The same, as shapes."""
+    return jax.eval_shape(functools.partial(operands, spec, m, k, n, dtype, batch))
+
+
+def error(got, want):
+    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+
+
+def check(case, batch=1):
+    spec, m, k, n, config, dtype = case
+    x, w = operands(spec, m, k, n, dtype, batch)
+    run = functools.partial(mosaic_gpu.matmul, config=config, interpret=True)
+    got = jax.jit(run)(x, w).astype(jnp.float32)
+    want = matmul(x, w, implementation="reference", preferred_element_type=jnp.float32)
+    assert got.shape == want.shape
+    assert error(got, want) < (5e-3 if dtype == "bfloat16" else 6e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numbers(name):
+    check(CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_numbers_of_every_format(name):
+    check(SLOW[name])
+
+
+@pytest.mark.slow
+def test_experts():
+    check(("int4-g32", 9, 256, 64, Config(16, split=1), "bfloat16"), batch=2)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_lowers_for_cuda(spec):
+    for m in (1, 100) if spec in SPECS[:2] else (16,):
+        x, w = shapes(spec, m, 4096, 256)
+        config = tuned.config(hopper.plan_of(w.codec), m, 256, 4096)
+        run = jax.jit(functools.partial(mosaic_gpu.matmul, config=config))
+        text = run.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+        assert "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_shape_gets_blocks_that_fit(spec):
+    plan = hopper.plan_of(codecs.get(spec))
+    for k, n in REAL:
+        for m in (1, 2, 8, 9, 16, 31, 64, 65, 128, 129, 256, 1000, 1025):
+            c = tuned.config(plan, m, n, k)
+            assert mosaic_gpu.shared_bytes(c, plan) <= tuned.SHARED_BYTES
+            assert 64 * c.rows <= n
+            assert c.block_m % 8 == 0
+            assert c.grid_k * c.split * c.row_bytes <= 2 * max(k // plan.pieces, c.row_bytes * c.split)
+
+
+def test_columns_are_permuted_as_codes_are_taken():
+    """Column 16 t + 8 o + 2 q + e of a block is byte 16 q + 4 t + 2 e + o."""
+    x = hopper.permute_columns(jnp.arange(128.0)[None])[0].astype(int)
+    for i in (0, 1, 2, 8, 15, 16, 40, 63):
+        t, o, q, e = i // 16, i // 8 % 2, i // 2 % 4, i % 2
+        assert x[i] == 16 * q + 4 * t + 2 * e + o
+        assert x[64 + i] == 64 + x[i]
+    assert not np.any(hopper.permute_columns(jnp.ones((1, 40)))[0, -1])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_plans_find_every_code(bits):
+    """Codes put together from the fields of a plan are those that were packed."""
+    plan = hopper.plan_of(codecs.get(f"int{bits}-g32"))
+    k = 32 * plan.pieces
+    codes = np.random.default_rng(bits).integers(0, 2**bits, k).astype(np.uint8)
+    packed = np.asarray(codecs.pack_bits(jnp.asarray(codes), bits)).astype(int)
+    piece = k // plan.pieces
+    assert len(packed) == plan.streams * piece
+    for j, fields in enumerate(plan.fields):
+        found = sum(
+            (packed[f.stream * piece : (f.stream + 1) * piece] >> f.shift & 2**f.width - 1) << f.up for f in fields
+        )  # fmt: skip
+        np.testing.assert_array_equal(found, codes[j * piece : (j + 1) * piece])
+
+
+def loss(x, w):
+    return jnp.sum(matmul(x, w).astype(jnp.float32) ** 2)
+
+
+@pytest.mark.parametrize("what", ["jit", "vmap", "scan", "grad", "shard_map"])
+def test_a_program_runs_here_and_holds_the_kernel_for_cuda(what, monkeypatch):
+    x, w = operands("int4-g64", 8, 256, 64)
+    if what == "vmap":
+        run, args = jax.vmap(matmul, (0, None)), (jnp.stack([x, 2 * x]), w)
+    elif what == "scan":
+        step = lambda x, _: (jnp.tile(matmul(x, w), (1, 1, 4)).astype(x.dtype) / 64, None)
+        run, args = (lambda x: jax.lax.scan(step, x, None, length=2)[0]), (x,)
+    elif what == "grad":
+        run, args = jax.grad(loss), (x, w)
+    elif what == "shard_map":
+        mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+        run, args = jax.shard_map(
+            matmul, mesh=mesh, in_specs=(P("i"), P()), out_specs=P("i"), check_vma=False
+        ), (x, w)
+    else:
+        run, args = matmul, (x, w)
+    traced = jax.jit(run).trace(*args)
+    here, there = (traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda"))
+    assert "mosaic_gpu" not in here
+    assert "mosaic_gpu" in there
+    with monkeypatch.context() as m:
+        m.setattr(dispatch, "PACKED_MATMUL", lambda operands, choose, **o: xla.matmul(*operands, **o))
+        want = jax.jit(lambda *a: run(*a))(*args)
+    np.testing.assert_allclose(jax.jit(run)(*args).astype(jnp.float32), want.astype(jnp.float32), rtol=1e-2, atol=1e-2)
+
+
+def test_an_exported_program_picks_its_kernel_where_it_runs():
+    x, w = operands("int4-g64", 8, 256, 64)
+    leaves, tree = jax.tree.flatten(w)
+    flat = jax.jit(lambda x, *parts: matmul(x, jax.tree.unflatten(tree, parts)))
+    exported = export.export(flat, platforms=("cpu", "cuda"))(x, *leaves)
+    assert "mosaic_gpu" in exported.mlir_module()
+    again = export.deserialize(exported.serialize())
+    assert again.platforms == ("cpu", "cuda")
+    np.testing.assert_array_equal(again.call(x, *leaves), flat(x, *leaves))
+
+
+@pytest.mark.parametrize(
+    ("spec", "k", "n", "dtype", "reason"),
+    [
+        ("int4-g64", 256, 64, "float32", "x is float32"),
+        ("int4-g64", 256, 40, "bfloat16", "N = 40"),
+        ("int4-g64", 576, 64, "bfloat16", "K = 576 is no multiple of 128"),
+        ("int4-g40", 640, 64, "bfloat16", "groups of 40"),
+        ("mxfp4", 256, 64, "bfloat16", "no kernel for mxfp4"),
+    ],
+)
+def test_what_the_kernel_does_not_take_goes_to_another_path(spec, k, n, dtype, reason):
+    x, w = shapes(spec, 8, k, n, dtype)
+    assert reason in mosaic_gpu.refusal(x, w)
+    with pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(lambda x, w: matmul(x, w, implementation="mosaic_gpu"), x, w)
+    assert jax.eval_shape(matmul, x, w).shape == (1, 8, n)
+    assert kernel_name(x, w).startswith("xla")
+
+
+def test_a_named_kernel_needs_its_gpu():
+    x, w = shapes("int4-g64", 8, 256, 64)
+    with pytest.raises(NotImplementedError, match="no Hopper GPU"):
+        jax.eval_shape(lambda x, w: matmul(x, w, implementation="mosaic_gpu"), x, w)
