@@ -14,8 +14,6 @@ REFUSED = {
     "flash-style scan over blocks": "carried by `scan`",
     "attention in cond": "only some branches",
     "attention in shard_map": "shard_map",
-    "roll by jnp.roll": "updated after arithmetic",
-    "one-hot multiply-add": "not updated in this call",
     "paged": "scattered along two axes",
     "written after, concat at read": "updated otherwise than attention reads it",
     "old cache and self in one softmax": "not updated in this call",

@@ -60,6 +60,10 @@ class Deferral:
         """Whether two indices are certainly equal."""
         raise NotImplementedError
 
+    def made_by(self, x: Any) -> Node | None:
+        """The equation that made a value, where it is known."""
+        raise NotImplementedError
+
     def nodes(self, eqn: compat.Eqn, values: list[Any]) -> list[Node]:
         """The results of `eqn`, deferred. Raises LayoutError."""
         if any(map(is_rooted, values)):
@@ -107,7 +111,7 @@ def _elementwise(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> list[Node
         for i, dim in enumerate(labels_of(value)):
             labels[i] = run.axes.merge(labels[i], dim) if labels[i] and dim else labels[i] or dim
     if eqn.primitive.name in ("select_n", "add"):
-        from .writes import one_hot
+        from .onehot import one_hot
 
         found = one_hot(run, eqn, values)
         if found is not None:
@@ -281,6 +285,10 @@ def _concatenate(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> list[Node
         from .writes import concatenated
 
         return [concatenated(run, eqn, values, axis)]
+    from .writes import turned
+
+    if (found := turned(run, eqn, values, axis)) is not None:
+        return [found]
     dim = _joined(run, values, axis)
     labels = list(labels_of(first))
     for other in values:

@@ -155,7 +155,7 @@ class Emit(CacheRun):
             at = jnp.clip(at[..., :1], 0, length - t) + jnp.arange(t, dtype=jnp.int32)
         else:
             at = jnp.clip(at, 0, length - 1)
-        if at.ndim == 2 and not start.batched:
+        if at.ndim == 2 and not start.along:
             at = at[0]
         return at, "run" if start.contiguous and not start.drops else "any"
 

@@ -80,12 +80,14 @@ class View:
       fixed: axes of which one entry was taken, and its index.
       subs: axes of which a slice was taken.
       writes: what was written to the cache, in order.
+      turned: an axis that was rotated, and by how many entries: entry i was i + n before.
     """
 
     cell: Cell
     fixed: tuple[tuple[Atom, Any], ...] = ()
     subs: tuple[Atom, ...] = ()
     writes: tuple[Write, ...] = ()
+    turned: tuple[Atom, int] | None = None
 
     def fix(self, atom: Atom, index: Any) -> View:
         return dataclasses.replace(self, fixed=(*self.fixed, (atom, index)))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core import compat
-from ..core.program import Program, is_packed
+from ..core.program import Program, is_packed, logical
 from .expr import Cell, Node, is_rooted
 from .masks import mask_name
 from .match import Attention, Read
@@ -143,7 +143,8 @@ def _probe(
             elif is_rooted(value) and cell is None:
                 probe.array(value, None, "it is a result of the program")
 
-    jax.eval_shape(run, [program.leaves[i] for i in plain])
+    leaves = [program.leaves[i] for i in plain]
+    jax.eval_shape(run, [leaf if is_packed(leaf) else logical(leaf) for leaf in leaves])
     return outputs
 
 

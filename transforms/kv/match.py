@@ -20,7 +20,7 @@ from ..core import compat
 from .axes import Atom, Dim
 from .defer import Deferral, labels_of, literal
 from .expr import Cell, Node, Write, is_node, is_rooted, shape_of, walk
-from .writes import Positions
+from .writes import Positions, write_sizes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -191,6 +191,8 @@ def _read(
     view = node.view
     assert view is not None
     cell = view.cell
+    if view.turned is not None:
+        raise LayoutError("it is read rolled, without new rows in the place of the oldest")
     here = {a for d in run.axes.labels(labels_of(node)) for a in d}
     if token not in here:
         raise LayoutError(f"{cell.name or 'a cache'} is read without its whole token axis")
@@ -277,13 +279,6 @@ def _meets(run: Deferral, write: Write, node: Node, token: Atom) -> bool:
     return True
 
 
-def write_sizes(write: Write) -> tuple[int, ...]:
-    if callable(write.value):
-        shapes = jax.eval_shape(write.value).shape
-        return tuple(shapes)
-    return shape_of(write.value)
-
-
 def _same_index(run: Deferral, a: Any, b: Any) -> bool:
     if run.same(a, b):
         return True
@@ -307,7 +302,7 @@ def _positions(run: Deferral, read: Read, token: Atom) -> tuple[Any, int]:
 
 def same_start(run: Deferral, a: Any, b: Any) -> bool:
     if isinstance(a, Positions) and isinstance(b, Positions):
-        return (a.batched, a.contiguous, a.drops) == (b.batched, b.contiguous, b.drops) and all(
+        return (len(a.along), a.contiguous, a.drops) == (len(b.along), b.contiguous, b.drops) and all(
             run.same(x, y) for x, y in zip(a.source, b.source)
         )
     return run.same(a, b)

@@ -22,7 +22,7 @@ from stowax.pallas_kernels.codecs import LayoutError
 from ..core import compat
 from ..core.interpret import Interpreter, Recorder
 from ..core.program import is_packed
-from .defer import Deferral, Scalar, literal, make
+from .defer import LAYOUT, Deferral, Scalar, literal, make
 from .expr import Cell, Node, View, Write, is_node, is_rooted, shape_of
 from .match import Attention, match, reads_of
 from .store import is_ragged
@@ -85,9 +85,11 @@ class CacheRun(Interpreter, Deferral):
                 raise LayoutError("it meets a packed weight")
             return self.nodes(eqn, values)
         except LayoutError as error:
-            return super().step(
-                eqn, [self.array(v, eqn, str(error)) if is_node(v) else v for v in values]
-            )
+            arrays = [self.array(v, eqn, str(error)) if is_node(v) else v for v in values]
+            out = super().step(eqn, arrays)
+        if not any(map(is_rooted, values)):  # it was made of indices: a sum of one-hot rows, say
+            self.origin.update({id(v): (v, make(eqn, values, i)) for i, v in enumerate(out)})
+        return out
 
     def _plain(self, eqn: compat.Eqn, values: list[Any], name: str) -> list[Any]:
         if name == "iota":
@@ -95,11 +97,12 @@ class CacheRun(Interpreter, Deferral):
             return [Node(tuple(aval.shape), aval.dtype, eqn)]
         if name == "broadcast_in_dim" and not np.shape(values[0]) and not is_packed(values[0]):
             return self.nodes(eqn, values)
-        if name in ("jit", "pjit") and all(_is_index(v.aval) for v in eqn.outvars):
+        if name in ("jit", "pjit") and (_are_indices(eqn.invars) or _are_indices(eqn.outvars)):
             return self.run(eqn.params["jaxpr"], values)
         out = super().step(eqn, values)
+        derived = name in _TRACED and any(id(v) in self.origin for v in values)
         for i, (var, value) in enumerate(zip(eqn.outvars, out)):
-            if _is_index(var.aval) or not np.shape(value):
+            if derived or _is_index(var.aval) or not np.shape(value):
                 self.origin[id(value)] = value, make(eqn, values, i)
         return out
 
@@ -146,7 +149,7 @@ class CacheRun(Interpreter, Deferral):
         return all(self.same(v, w) for v, w in zip(p.inputs, q.inputs))
 
     def made_by(self, x: Any) -> Node | None:
-        """The equation that made an index, deferred or run."""
+        """The equation that made an index, or what was made of indices, deferred or run."""
         if is_node(x):
             return x if x.eqn is not None else None
         return self.origin[id(x)][1] if id(x) in self.origin else None
@@ -257,6 +260,14 @@ class CacheRun(Interpreter, Deferral):
     def stores_of(self, values: Sequence[Any]) -> list[Store]:
         found = {id(n.view.cell.store): n.view.cell.store for v in values for n in reads_of(v)}
         return list(found.values())
+
+
+_TRACED = (*LAYOUT, "sub", "convert_element_type")  # of masks that were summed over rows
+
+
+def _are_indices(atoms: Sequence[Any]) -> bool:
+    """Whether all are integers or truth values."""
+    return all(_is_index(atom.aval) for atom in atoms)
 
 
 def _is_index(aval: Any) -> bool:
