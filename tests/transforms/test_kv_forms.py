@@ -15,16 +15,12 @@ REFUSED = {
     "attention in cond": "only some branches",
     "attention in shard_map": "shard_map",
     "paged": "scattered along two axes",
-    "written after, concat at read": "updated otherwise than attention reads it",
-    "old cache and self in one softmax": "not updated in this call",
-    "old cache and self merged by sums": "not updated in this call",
 }
 # A selector can't evict: the cache grows, or weights and rows are used elsewhere too.
 NO_EVICTION = {
     "concat",
     "concat in the layout bksh",
     "attention weights returned",
-    "deferred softmax",  # its denominator is used after the second matmul
 }
 TOLERANCE = 2e-5
 

@@ -89,6 +89,11 @@ class View:
     writes: tuple[Write, ...] = ()
     turned: tuple[Atom, int] | None = None
 
+    @property
+    def done(self) -> bool:
+        """Whether an inner program has updated it, and the update is carried out."""
+        return DONE in self.writes
+
     def fix(self, atom: Atom, index: Any) -> View:
         return dataclasses.replace(self, fixed=(*self.fixed, (atom, index)))
 
@@ -120,6 +125,9 @@ class Cell:
         if key not in self.subs:
             self.subs[key] = Atom(size, parent=atom, start=start)
         return self.subs[key]
+
+
+DONE = Write("done", (), None, (), View(None))  # type: ignore[arg-type]
 
 
 def is_node(x: Any) -> bool:

@@ -49,6 +49,7 @@ class Probe(CacheRun):
         self.groups: dict[frozenset[str], Group] = {}
         self.sites: list[Site] = []
         self.escapes: set[str] = set()
+        self.behind: set[str] = set()  # caches that attention reads with the new rows behind the old
 
     def attention(self, found: Attention) -> jax.Array:
         group = _group(found)
@@ -66,6 +67,14 @@ class Probe(CacheRun):
             read.cell.store.opened = found
         aval: Any = found.eqn.outvars[0].aval
         return jnp.zeros(aval.shape, aval.dtype)
+
+    def reduced(self, found: Attention, value: Node) -> jax.Array:
+        return jnp.zeros(value.shape, value.dtype)
+
+    def close(self, store: Store) -> None:
+        found = store.opened
+        if found is not None and self.written(store) is not found and found.start == "grow":
+            self.behind.update(read.cell.name for read in found.reads)
 
     def view_array(self, node: Node, eqn: Any = None, reason: str = "") -> jax.Array:
         assert node.view is not None
@@ -94,6 +103,9 @@ def find(program: Program, names: Sequence[str], *, masks: bool = False) -> Cach
         if not lost:
             break
         refused.update(lost)
+    for key, group in probe.groups.items():
+        if key & probe.behind:
+            probe.groups[key] = dataclasses.replace(group, grows=False)
     grouped = {name for group in probe.groups.values() for name, _, _ in group.leaves}
     for leaf, name in zip(program.leaves, names):
         if name and can_hold_rows(leaf) and name not in grouped and name not in refused:
@@ -142,6 +154,8 @@ def _probe(
                 outputs[cell.name] = j
             elif is_rooted(value) and cell is None:
                 probe.array(value, None, "it is a result of the program")
+        for cell in cells.values():
+            probe.close(cell.store)
 
     leaves = [program.leaves[i] for i in plain]
     jax.eval_shape(run, [leaf if is_packed(leaf) else logical(leaf) for leaf in leaves])

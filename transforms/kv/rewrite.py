@@ -23,12 +23,9 @@ from ..core import compat
 from ..core.interpret import Interpreter, Recorder
 from ..core.program import is_packed
 from .defer import LAYOUT, Deferral, Scalar, literal, make
-from .expr import Cell, Node, View, Write, is_node, is_rooted, shape_of
-from .match import Attention, match, reads_of
+from .expr import DONE, Cell, Node, View, is_node, is_rooted, shape_of
+from .match import Attention, Read, match, reads_of, stored
 from .store import is_ragged
-
-DONE = Write("done", (), None, (), View(None))  # type: ignore[arg-type]
-
 
 class Unfit(Exception):
     """A leaf can't be compressed: the program does something with it that has no compressed form."""
@@ -39,13 +36,26 @@ class Unfit(Exception):
 
 
 class Store:
-    """What holds the rows of a group of cells; `arrays` is its state in this scope."""
+    """What holds the rows of a group of cells; `arrays` is its state in this scope.
+
+    Attributes:
+      opened: the attention whose new rows are not stored yet, in whatever form the user of `CacheRun` keeps it.
+      attended: the attentions over it since it was opened.
+      views: the last that was seen of each cell, with its updates.
+    """
 
     guessed = False  # the layout was guessed, and rightly
 
     def __init__(self, arrays: Any = (), group: Any = None):
         self.arrays, self.group = arrays, group
         self.opened: Any = None
+        self.attended: list[Attention] = []
+        self.views: dict[str, View] = {}
+
+    def shut(self) -> Any:
+        """Nothing is pending any more; what was."""
+        opened, self.opened, self.attended, self.views = self.opened, None, [], {}
+        return opened
 
 
 class CacheRun(Interpreter, Deferral):
@@ -60,6 +70,10 @@ class CacheRun(Interpreter, Deferral):
     # what the two users do differently
 
     def attention(self, found: Attention) -> jax.Array:
+        raise NotImplementedError
+
+    def reduced(self, found: Attention, value: Node) -> jax.Array:
+        """A value that depends on the rows of an attention and has no axis of tokens."""
         raise NotImplementedError
 
     def view_array(self, node: Node, eqn: Any = None, reason: str = "") -> jax.Array:
@@ -80,6 +94,8 @@ class CacheRun(Interpreter, Deferral):
         if name == "dot_general" and all(map(is_rooted, values)):
             with compat.scope(eqn):
                 return [self._attention(eqn, values)]
+        if self._is_settled(values):
+            return self.step(eqn, [self.array(v, eqn) if is_rooted(v) else v for v in values])
         try:
             if any(map(is_packed, values)):
                 raise LayoutError("it meets a packed weight")
@@ -112,7 +128,60 @@ class CacheRun(Interpreter, Deferral):
         except LayoutError as error:
             names = [n.view.cell.name for v in values for n in reads_of(v)]
             raise Unfit(list(dict.fromkeys(names)), str(error), compat.where(eqn)) from None
+        store = found.reads[0].cell.store
+        for read in found.reads:
+            self.saw(read.node)
+        if store.opened is not None and not self.is_open(store, found):
+            self.close(store)
+        for other in {id(r.cell.store): r.cell.store for r in found.reads}.values():
+            other.attended.append(found)
         return self.attention(found)
+
+    def is_open(self, store: Store, found: Attention) -> bool:
+        """Whether an attention reads the rows that the store was opened with."""
+        opened = _found(store.opened)
+        if opened is None:
+            return False
+        writes = [o.write for o in opened.reads]
+        if any(not any(r.write is w for w in writes) for r in found.reads):
+            return False
+        a, b = opened.index, found.index
+        return a is b or (a is not None and b is not None and self.same(a[1], b[1]))
+
+    def saw(self, node: Node) -> None:
+        """Notes the updates of a cache, for attentions that read it before them."""
+        if node.view.writes:
+            node.view.cell.store.views[node.view.cell.name] = node.view
+
+    def written(self, store: Store) -> Attention:
+        """The attention that a store was opened by, with the rows that are to be stored. Raises Unfit."""
+        found = _found(store.opened)
+        assert found is not None
+        if not any(map(_is_later, found.reads)):
+            return found
+        try:
+            return stored(self, found, [_last_view(read) for read in found.reads])
+        except LayoutError as error:
+            raise Unfit(_names(found), str(error), compat.where(found.eqn)) from None
+
+    def attention_over(self, value: Node) -> Attention | None:
+        """The attention of whose rows a value is a reduction; None where it has an axis of tokens, or there is none."""
+        if value.view is not None or value.labels is None:
+            return None
+        nodes = reads_of(value)
+        here = {a for dim in self.axes.labels(value.labels) for a in dim}
+        bases = {a for b in here if b.base is not None for a in self.axes.resolve((b.base,))}
+        for found in nodes[0].view.cell.store.attended if nodes else ():
+            reads = [r.node for r in found.reads]
+            if all(any(n is r for r in reads) for n in nodes) and found.token not in here | bases:
+                return found
+        return None
+
+    def _is_settled(self, values: Sequence[Any]) -> bool:
+        """Whether what depends on caches is reduced to arrays that meet others (the sum that a result is divided by)."""
+        nodes = [v for v in values if is_rooted(v)]
+        meets = any(not is_node(v) and not is_packed(v) and np.ndim(v) for v in values)
+        return bool(meets and nodes) and all(self.attention_over(v) is not None for v in nodes)
 
     def array(self, value: Any, eqn: compat.Eqn | None = None, reason: str = "") -> Any:
         """A deferred value, computed; a packed one, decoded."""
@@ -123,8 +192,11 @@ class CacheRun(Interpreter, Deferral):
         known = self.scopes[-1].get(id(value))
         if known is not None:
             return known[1]
+        found = self.attention_over(value)
         if value.view is not None:
             out = self.view_array(value, eqn, reason)
+        elif found is not None:
+            out = self.reduced(found, value)
         else:
             assert value.eqn is not None
             inputs = [self.array(v, eqn, reason) for v in value.inputs]
@@ -174,10 +246,11 @@ class CacheRun(Interpreter, Deferral):
             if is_rooted(value) and value.view is not None:
                 self.refuse_at(value, f"a part of it is a result of {where}")
             return None
-        opened = cell.store.opened
-        found = opened if opened is None or isinstance(opened, Attention) else opened.found
+        self.saw(value)
+        found = _found(cell.store.opened)
         for read in () if found is None else found.reads:
-            if read.cell is cell and read.write not in value.view.writes:
+            later = read.write is None or read.write.kind == "grow"
+            if read.cell is cell and read.write not in value.view.writes and not later:
                 raise Unfit(
                     [cell.name], f"{where} returns it updated otherwise than attention reads it"
                 )
@@ -200,11 +273,13 @@ class CacheRun(Interpreter, Deferral):
     def enter(self, stores: Sequence[Store], arrays: Any) -> None:
         self.scopes.append({})
         for store, state in zip(stores, arrays):
-            store.arrays, store.opened = state, None
+            store.shut()
+            store.arrays = state
 
     def leave(self, stores: Sequence[Store]) -> list[Any]:
         for store in stores:
             self.close(store)
+            store.shut()
         self.scopes.pop()
         return [store.arrays for store in stores]
 
@@ -254,12 +329,33 @@ class CacheRun(Interpreter, Deferral):
                 next(v for v in values if is_rooted(v)), eqn, "only some branches attend to it"
             )
         for store, state in zip(stores, states):
-            store.arrays, store.opened = state, None
+            store.shut()
+            store.arrays = state
         return [c.node((DONE,)) if c is not None else x for x, c in zip(out, found[0])]
 
     def stores_of(self, values: Sequence[Any]) -> list[Store]:
         found = {id(n.view.cell.store): n.view.cell.store for v in values for n in reads_of(v)}
         return list(found.values())
+
+
+def _found(opened: Any) -> Attention | None:
+    return opened if opened is None or isinstance(opened, Attention) else opened.found
+
+
+def _names(found: Attention) -> list[str]:
+    return list(dict.fromkeys(read.cell.name for read in found.reads))
+
+
+def _last_view(read: Read) -> View | None:
+    return read.cell.store.views.get(read.cell.name)
+
+
+def _is_later(read: Read) -> bool:
+    """Whether what is stored is written after the attention has read."""
+    if read.write is None:
+        return True
+    view = _last_view(read)
+    return read.write.kind == "grow" and view is not None and read.write not in view.writes
 
 
 _TRACED = (*LAYOUT, "sub", "convert_element_type")  # of masks that were summed over rows
@@ -395,7 +491,8 @@ class _Loop:
 
     def finish(self, stores: list[Store], states: Any) -> None:
         for store, state in zip(stores, states):
-            store.arrays, store.opened = state, None
+            store.shut()
+            store.arrays = state
 
 
 def _stores(cells: Sequence[Cell | None]) -> list[Store]:
