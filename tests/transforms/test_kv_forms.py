@@ -14,7 +14,6 @@ REFUSED = {
     "flash-style scan over blocks": "carried by `scan`",
     "attention in cond": "only some branches",
     "attention in shard_map": "shard_map",
-    "paged": "scattered along two axes",
 }
 # A selector can't evict: the cache grows, or weights and rows are used elsewhere too.
 NO_EVICTION = {

@@ -246,7 +246,6 @@ def _dynamic_slice(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> list[No
 @rule("gather")
 def _gather(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> list[Node]:
     """One entry of an axis, as in ``cache[layer]``."""
-    x: Any
     x: Any = values[0]
     index = values[1]
     dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
@@ -259,6 +258,11 @@ def _gather(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> list[Node]:
         and x.view is not None
     )
     if not one:
+        from .paged import looked_up
+
+        found = looked_up(run, eqn, values) if is_rooted(x) else None
+        if found is not None:
+            return [found]
         raise LayoutError("rows of it are gathered by an index (a paged or beam-searched cache)")
     dim = run.axes.resolve(labels_of(x)[cut[0]])
     if len(dim) != 1:

@@ -79,6 +79,8 @@ class Probe(CacheRun):
     def view_array(self, node: Node, eqn: Any = None, reason: str = "") -> jax.Array:
         assert node.view is not None
         cell = node.view.cell
+        if cell.pages is not None:
+            raise Unfit([cell.name], "a paged pool is used otherwise than by attention")
         if cell.store.opened is None or not reason:
             op = f"`{eqn.primitive.name}`: " if eqn is not None else ""
             raise Unfit([cell.name], op + (reason or "it is used as an array"), "")

@@ -21,7 +21,7 @@ from ..core import compat
 from .axes import Atom, Dim
 from .defer import Deferral, labels_of, literal
 from .expr import DONE, Cell, Node, View, Write, is_node, is_rooted, shape_of, walk
-from .writes import Positions, write_sizes
+from .writes import Positions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -172,8 +172,8 @@ def _own_token(run: Deferral, read: Read, token: Atom) -> Atom:
     """The token axis of the cache itself, where new rows were put behind it."""
     if read.write is None:
         return token
-    axis = next(i for i, s in enumerate(read.write.starts) if s is not None)
-    dim = run.axes.resolve(read.write.view.cell.labels[axis])
+    grown = read.write.grown
+    dim = run.axes.resolve((grown.parent,)) if grown is not None and grown.parent else ()
     if len(dim) != 1:
         raise LayoutError("the token axis is part of a merged axis")
     return dim[0]
@@ -243,7 +243,7 @@ def _read(
     lead: list[Dim] = []
     inner: list[Atom] = []
     part: list[tuple[int, int, int]] = []
-    for axis, dim in enumerate(cell.labels):
+    for axis, dim in enumerate(cell.rows):
         if not dim:
             lead.append(())
             continue
@@ -256,7 +256,7 @@ def _read(
         if sub is not None:
             part.append((axis, sub.start, sub.size))
         atoms = run.axes.resolve((sub or atom,))
-        if token in atoms or _is_grown(run, view.writes, token, axis, cell):
+        if token in atoms or _is_grown(run, view.writes, token, atom):
             if token in atoms and len(atoms) != 1:
                 raise LayoutError("the token axis is part of a merged axis")
             continue
@@ -284,12 +284,15 @@ def _batch_first(run: Deferral, lead: list[Dim], write: Write | None) -> list[Di
     return dims + [dim for dim in lead if dim not in dims]
 
 
-def _is_grown(run: Deferral, writes: tuple[Write, ...], token: Atom, axis: int, cell: Cell) -> bool:
-    for w in writes:
-        if w.kind == "grow" and w.grown is not None and run.axes.resolve((w.grown,)) == (token,):
-            dims = [i for i, s in enumerate(w.starts) if s is not None]
-            return cell.shape[axis] == w.grown.size - (w.starts[dims[0]] or 0) and dims[0] == axis
-    return False
+def _is_grown(run: Deferral, writes: tuple[Write, ...], token: Atom, atom: Atom) -> bool:
+    """Whether `token` is an axis of the cache with new rows behind."""
+    return any(
+        w.grown is not None
+        and w.grown.parent is not None
+        and run.axes.resolve((w.grown,)) == (token,)
+        and run.axes.resolve((w.grown.parent,)) == run.axes.resolve((atom,))
+        for w in writes
+    )
 
 
 def _relevant_write(run: Deferral, node: Node, token: Atom) -> Write | None:
@@ -316,7 +319,7 @@ def _meets(run: Deferral, write: Write, node: Node, token: Atom) -> bool:
         mine = next((s for s in view.subs if s.parent is sub.parent), None)
         if mine is not None and mine.start != sub.start:
             return False
-    for dim, start, size in zip(write.labels, write.starts, write_sizes(write)):
+    for dim, start, size in zip(write.labels, write.starts, write.sizes):
         atoms = run.axes.resolve(dim)
         if start is None or atoms in ((token,), ()):
             continue
@@ -348,7 +351,7 @@ def _positions(run: Deferral, read: Read, token: Atom) -> tuple[Any, int]:
     write = read.write
     if write is None:
         return None, 0
-    sizes = write_sizes(write)
+    sizes = write.sizes
     for i, dim in enumerate(write.labels):
         atoms = run.axes.resolve(dim)
         if atoms == (token,):

@@ -80,7 +80,9 @@ def one_hot(run: Deferral, eqn: compat.Eqn, values: Sequence[Any]) -> Node | Non
 
     starts: list[Any] = [None] * ndim
     starts[hot.dim] = Positions((hot.at, hot.coords), tuple(batch), False, True, positions)
-    write = Write("rows", labels_of(x), value, tuple(starts), view_of(x))
+    sizes = list(x.shape)
+    sizes[hot.dim] = rows[0].size if rows else 1
+    write = Write("rows", labels_of(x), value, tuple(sizes), tuple(starts), view_of(x))
     return written(eqn, values, x, write)
 
 

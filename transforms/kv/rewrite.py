@@ -279,6 +279,7 @@ class CacheRun(Interpreter, Deferral):
     def leave(self, stores: Sequence[Store]) -> list[Any]:
         for store in stores:
             self.close(store)
+        for store in stores:
             store.shut()
         self.scopes.pop()
         return [store.arrays for store in stores]

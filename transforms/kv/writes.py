@@ -59,13 +59,6 @@ def written(eqn: compat.Eqn, values: Any, x: Node, write: Write, labels: Any = N
     return make(eqn, values, 0, labels or x.labels, view)
 
 
-def write_sizes(write: Write) -> tuple[int, ...]:
-    """The shape of what is written."""
-    if callable(write.value):
-        return tuple(jax.eval_shape(write.value).shape)
-    return shape_of(write.value)
-
-
 def updated(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Node:
     """`dynamic_update_slice`."""
     x, update, *starts = values
@@ -76,7 +69,7 @@ def updated(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Node:
     where = [
         None if n == whole else start for n, whole, start in zip(shape_of(update), x.shape, starts)
     ]
-    write = Write("rows", labels_of(x), update, tuple(where), view_of(x))
+    write = Write("rows", labels_of(x), update, shape_of(update), tuple(where), view_of(x))
     return written(eqn, values, x, write)
 
 
@@ -118,6 +111,10 @@ def scattered(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Node:
     index_axis = dict(enumerate(batch_axes))  # axis of the indices -> axis of the updates
     if is_rooted(update):
         return _scattered_back(run, eqn, values, columns, window)
+    from .paged import page_written
+
+    if (found := page_written(run, eqn, values)) is not None:
+        return found
 
     source: dict[int, int | None] = {}  # dim of x -> axis of the update
     taken: dict[int, int] = {}  # axis of the indices -> dim of x that it runs along
@@ -132,7 +129,7 @@ def scattered(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Node:
             source[dim] = window_axis[dim]
             continue
         column = columns.get(dim)
-        axis = None if column is None else _runs_along(indices, column, x.shape[dim], index_shape)
+        axis = None if column is None else runs_along(indices, column, x.shape[dim], index_shape)
         if axis is not None and dim in d.inserted_window_dims:
             source[dim], taken[axis] = index_axis[axis], dim
         elif token is None:
@@ -173,7 +170,8 @@ def scattered(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Node:
     where[token] = Positions(
         (indices, column, tuple(order), rows), tuple(taken[a] for a in batch), not free, drops, positions
     )
-    write = Write("rows", labels_of(x), value, tuple(where), view_of(x))
+    sizes = [1 if s is None else shape_of(update)[s] for s in map(source.get, range(x.ndim))]
+    write = Write("rows", labels_of(x), value, tuple(sizes), tuple(where), view_of(x))
     return written(eqn, values, x, write)
 
 
@@ -207,7 +205,7 @@ def _column(indices: Any, column: int) -> Any:
     return Scalar(indices)
 
 
-def _runs_along(indices: Any, column: int, size: int, shape: tuple[int, ...]) -> int | None:
+def runs_along(indices: Any, column: int, size: int, shape: tuple[int, ...]) -> int | None:
     """The axis of the index array along which a column counts 0, 1, ... `size` - 1."""
     if is_node(indices) and indices.op == "concatenate":
         parts, at = [], 0
@@ -247,12 +245,12 @@ def concatenated(run: Deferral, eqn: compat.Eqn, values: list[Any], axis: int) -
             raise LayoutError("it is shifted by another length than it grows by")
         labels[axis] = (sub.parent,)
         rest = dataclasses.replace(view, subs=tuple(s for s in view.subs if s is not sub))
-        write = Write("roll", tuple(labels), values[1], starts, rest)
+        write = Write("roll", tuple(labels), values[1], shape_of(values[1]), starts, rest)
         done = dataclasses.replace(rest, writes=(*rest.writes, write))
         return make(eqn, values, 0, tuple(labels), done)
-    grown = Atom(x.shape[axis] + rows)
+    grown = Atom(x.shape[axis] + rows, parent=dim[0] if dim else None)
     labels[axis] = (grown,)
-    write = Write("grow", tuple(labels), values[1], starts, view, grown)
+    write = Write("grow", tuple(labels), values[1], shape_of(values[1]), starts, view, grown)
     return written(eqn, values, x, write, tuple(labels))
 
 
@@ -301,13 +299,13 @@ def _filled(
     dims = [i for i, s in enumerate(write.starts) if s is not None]
     at = _constant(write.starts[dims[0]]) if len(dims) == 1 else None
     fits = at == parent.size - by and x.shape[dims[0]] == parent.size
-    if write.kind != "rows" or not fits or write_sizes(write)[dims[0]] != by:
+    if write.kind != "rows" or not fits or write.sizes[dims[0]] != by:
         raise LayoutError(f"it is rolled by {by} rows, and other rows than those are written")
     labels = list(labels_of(x))
     labels[dims[0]] = (parent,)
     starts = tuple(by if i == dims[0] else None for i in range(x.ndim))
     view = dataclasses.replace(view, turned=None)
-    write = Write("roll", tuple(labels), write.value, starts, view)
+    write = Write("roll", tuple(labels), write.value, write.sizes, starts, view)
     view = dataclasses.replace(view, writes=(*view.writes, write))
     return make(eqn, values, 0, tuple(labels), view)
 
