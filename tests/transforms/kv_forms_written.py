@@ -12,6 +12,7 @@ from tests.transforms.kv_forms import (
     NEG,
     ONE_BY_ONE,
     B,
+    G,
     H,
     K,
     L,
@@ -31,7 +32,6 @@ from tests.transforms.kv_forms import (
 from tests.transforms.kv_forms_adversarial import (
     PAGE,
     form,
-    multiply_add,
     old_and_self,
     paged,
     pool,
@@ -248,7 +248,7 @@ def half_written(p, x, cache):
     """Keys are written before the attention, values after it."""
     (q, k, v), i, t = project(p, x), cache["index"], x.shape[1]
     ks = dus()(cache["k"], k, i)
-    y = v.reshape(B, t, K * H).repeat(N // K, 2).reshape(q.shape) + attend(q, ks, cache["v"], causal(t, i))
+    y = attend(q, ks, cache["v"], causal(t, i)) + v.repeat(G, 2)
     return tail(p, y, ks, dus()(cache["v"], v, i), cache, t)
 
 

@@ -49,7 +49,9 @@ class Probe(CacheRun):
         self.groups: dict[frozenset[str], Group] = {}
         self.sites: list[Site] = []
         self.escapes: set[str] = set()
-        self.behind: set[str] = set()  # caches that attention reads with the new rows behind the old
+        self.behind: set[str] = (
+            set()
+        )  # caches that attention reads with the new rows behind the old
 
     def attention(self, found: Attention) -> jax.Array:
         group = _group(found)

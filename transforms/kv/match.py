@@ -20,7 +20,7 @@ from stowax.pallas_kernels.codecs import LayoutError
 from ..core import compat
 from .axes import Atom, Dim
 from .defer import Deferral, labels_of, literal
-from .expr import DONE, Cell, Node, View, Write, is_node, is_rooted, shape_of, walk
+from .expr import DONE, Cell, Node, View, Write, is_node, is_rooted, walk
 from .writes import Positions
 
 
@@ -363,9 +363,11 @@ def _positions(run: Deferral, read: Read, token: Atom) -> tuple[Any, int]:
 
 def same_start(run: Deferral, a: Any, b: Any) -> bool:
     if isinstance(a, Positions) and isinstance(b, Positions):
-        return (len(a.along), a.contiguous, a.drops) == (len(b.along), b.contiguous, b.drops) and all(
-            run.same(x, y) for x, y in zip(a.source, b.source)
-        )
+        return (len(a.along), a.contiguous, a.drops) == (
+            len(b.along),
+            b.contiguous,
+            b.drops,
+        ) and all(run.same(x, y) for x, y in zip(a.source, b.source))
     return run.same(a, b)
 
 
@@ -392,7 +394,8 @@ def _stack_index(
 def new_rows(run: Any, read: Read, token: Atom, value: jax.Array) -> jax.Array:
     """The new rows ``[B, K, T, D]`` of a stream, from what the program writes."""
     write, view = read.write, read.node.view
-    assert view is not None and write is not None
+    assert view is not None
+    assert write is not None
     fixed = {run.axes.resolve((a,)): i for a, i in view.fixed}
     shape: list[int] = []
     names: list[Any] = []

@@ -1,7 +1,7 @@
 """One-hot updates of a cache.
 
-Three ways to write new rows at positions ``at`` by arithmetic, ``hot`` being ``arange(S) == at``, or its sum over several
-new rows::
+Three ways to write new rows at positions ``at`` by arithmetic, ``hot`` being ``arange(S) == at``, or its sum over
+several new rows::
 
     where(hot, new, cache)      cache * (1 - hot) + hot * new      cache + hot * (new - cache)
 

@@ -2,8 +2,8 @@
 
 A pool ``[P, page, K, D]`` and a table ``[B, n]`` are a cache ``[B, n * page, K, D]``: what is written to page
 ``table[b, i]`` at `r` has position ``i * page + r`` in row b. So a write through the table is a write of rows at those
-positions, and a read of ``pool[table]`` is a read of the whole cache. Each row of the batch keeps rows of its own: pages
-that several rows share are not followed.
+positions, and a read of ``pool[table]`` is a read of the whole cache. Each row of the batch keeps tokens of its own:
+pages that several rows share, or that change hands, are not followed.
 """
 
 from __future__ import annotations
@@ -103,7 +103,11 @@ def page_written(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Node | No
     x, indices, update = values
     d = eqn.params["dimension_numbers"]
     dims = tuple(d.inserted_window_dims)
-    if len(dims) != 2 or set(d.scatter_dims_to_operand_dims) != set(dims) or d.operand_batching_dims:
+    if (
+        len(dims) != 2
+        or set(d.scatter_dims_to_operand_dims) != set(dims)
+        or d.operand_batching_dims
+    ):
         return None
     window = [i for i in range(x.ndim) if i not in dims]
     if any(shape_of(update)[a] != x.shape[i] for i, a in zip(window, d.update_window_dims)):
@@ -154,7 +158,10 @@ def _lookup(run: Deferral, indices: Any, column: int) -> Lookup | None:
     if d.operand_batching_dims or tuple(p["slice_sizes"])[1] != 1 or 1 in d.offset_dims[1:]:
         return None
     outer = [c for i, c in enumerate(coords) if i not in d.offset_dims]
-    if d.start_index_map == d.collapsed_slice_dims == (1,) and p["slice_sizes"][0] == shape_of(table)[0]:
+    if (
+        d.start_index_map == d.collapsed_slice_dims == (1,)
+        and p["slice_sizes"][0] == shape_of(table)[0]
+    ):
         row = coords[d.offset_dims[0]]
         at = 0
     elif d.collapsed_slice_dims == (0, 1) and sorted(d.start_index_map) == [0, 1]:
@@ -203,7 +210,9 @@ def _row_write(
         return jnp.moveaxis(position, found.batch, 0).reshape(shape[found.batch], -1)
 
     batch_axes = [i for i in range(len(shape_of(update))) if i not in d.update_window_dims]
-    source: dict[int, int] = dict(zip((i for i in range(x.ndim) if i not in dims), d.update_window_dims))
+    source: dict[int, int] = dict(
+        zip((i for i in range(x.ndim) if i not in dims), d.update_window_dims)
+    )
     source[pool] = batch_axes[found.batch]
     if free:
         source[page] = batch_axes[free[0]]

@@ -27,6 +27,7 @@ from .expr import DONE, Cell, Node, View, is_node, is_rooted, shape_of
 from .match import Attention, Read, match, reads_of, stored
 from .store import is_ragged
 
+
 class Unfit(Exception):
     """A leaf can't be compressed: the program does something with it that has no compressed form."""
 
@@ -178,7 +179,7 @@ class CacheRun(Interpreter, Deferral):
         return None
 
     def _is_settled(self, values: Sequence[Any]) -> bool:
-        """Whether what depends on caches is reduced to arrays that meet others (the sum that a result is divided by)."""
+        """Whether all that depends on caches is reduced over the tokens, and meets arrays: a deferred denominator."""
         nodes = [v for v in values if is_rooted(v)]
         meets = any(not is_node(v) and not is_packed(v) and np.ndim(v) for v in values)
         return bool(meets and nodes) and all(self.attention_over(v) is not None for v in nodes)

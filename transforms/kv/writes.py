@@ -168,7 +168,11 @@ def scattered(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Node:
 
     where: list[Any] = [None] * x.ndim
     where[token] = Positions(
-        (indices, column, tuple(order), rows), tuple(taken[a] for a in batch), not free, drops, positions
+        (indices, column, tuple(order), rows),
+        tuple(taken[a] for a in batch),
+        not free,
+        drops,
+        positions,
     )
     sizes = [1 if s is None else shape_of(update)[s] for s in map(source.get, range(x.ndim))]
     write = Write("rows", labels_of(x), value, tuple(sizes), tuple(where), view_of(x))
@@ -288,12 +292,12 @@ def _piece(x: Node, axis: int) -> tuple[Atom, int, int, View] | None:
 def _same_view(a: View, b: View) -> bool:
     alike = lambda x, y: len(x) == len(y) and all(p is q for p, q in zip(x, y))
     fixed = [tuple(p for pair in v.fixed for p in pair) for v in (a, b)]
-    return a.cell is b.cell and alike(a.subs, b.subs) and alike(a.writes, b.writes) and alike(*fixed)
+    return (
+        a.cell is b.cell and alike(a.subs, b.subs) and alike(a.writes, b.writes) and alike(*fixed)
+    )
 
 
-def _filled(
-    eqn: compat.Eqn, values: Any, x: Node, write: Write, turn: tuple[Atom, int]
-) -> Node:
+def _filled(eqn: compat.Eqn, values: Any, x: Node, write: Write, turn: tuple[Atom, int]) -> Node:
     """New rows in the place of those that a rotation brought from the beginning to the end."""
     view, (parent, by) = view_of(x), turn
     dims = [i for i, s in enumerate(write.starts) if s is not None]
