@@ -30,13 +30,13 @@ class Opened:
     Attributes:
       found: the attention that opened it.
       arrays: the state of its entry of the stack.
-      working: the rows to attend to.
+      working: the rows to attend to; None after a `cond` of which only some branches attended.
       stats: what the selector wants to know of the attention weights; None before.
     """
 
     found: Attention
     arrays: Any
-    working: Working
+    working: Working | None
     stats: Any = None
 
 
@@ -53,6 +53,7 @@ class Emit(CacheRun):
     ):
         super().__init__(strict=strict, recorder=recorder)
         self.caches, self.methods = caches, methods
+        self.postponed |= caches.postponed
 
     def attention(self, found: Attention) -> jax.Array:
         store: Store = found.reads[0].cell.store
@@ -71,9 +72,27 @@ class Emit(CacheRun):
     def rows(self, found: Attention) -> Rows:
         """What an attention runs on, in the order of its streams."""
         store: Store = found.reads[0].cell.store
-        w = store.opened.working
+        w = self.worked(store)
         order = [store.group.streams.index(stream_key(r)) for r in found.reads]
         return Rows([w.rows[i] for i in order], w.positions, w.live)
+
+    def worked(self, store: Store) -> Working:
+        opened: Opened = store.opened
+        if opened.working is None:
+            w = self.work(store, opened.found, opened.arrays)
+            store.opened = opened = dataclasses.replace(opened, working=w)
+        assert opened.working is not None
+        return opened.working
+
+    def postpone(self, store: Store, found: Attention) -> Opened:
+        method, selector = self.method(store), self.method(store).selector
+        if method.needs_queries or (selector is not None and selector.needs_attention):
+            raise ValueError(
+                f"{store.group.name}: only some branches of a `cond` attend to this cache, so {method.name} does not see "
+                "the attention of every call; use a recipe without a selector, or one that looks at keys or positions "
+                "(`streaming`, `keydiff`)"
+            )
+        return Opened(found, store.arrays, None)
 
     def method(self, store: Store) -> Method:
         return self.methods[store.group.leaves[0][0]]
@@ -179,7 +198,7 @@ class Emit(CacheRun):
         method = self.method(store)
         queries = self.queries(opened.found) if method.needs_queries else None
         w = opened.working
-        if found is not opened.found:
+        if w is None or found is not opened.found:
             w = self.work(store, found, opened.arrays)
         stats = _for_slots(opened.stats, w)
         arrays = absorb(method, store.group, opened.arrays, w, stats, queries)
@@ -206,7 +225,7 @@ class Emit(CacheRun):
         found = opened.found
         read = next(r for r in found.reads if r.cell is node.view.cell)
         read = dataclasses.replace(read, node=node)
-        w = opened.working
+        w = self.worked(node.view.cell.store)
         i = node.view.cell.store.group.streams.index(stream_key(read))
         replay = Replay(self, found, Rows(w.rows, w.positions, w.live))
         return replay.arrange(read, w.rows[i])

@@ -28,6 +28,7 @@ class Caches:
       refused: the other leaves of the caches, with reasons.
       outputs: for each leaf of a group, its place among the program's results.
       escapes: names of groups whose attention weights are used outside the attention.
+      postponed: each `cond` of which only some branches attend, by identity.
     """
 
     groups: tuple[Group, ...]
@@ -35,6 +36,7 @@ class Caches:
     refused: tuple[Refused, ...]
     outputs: dict[str, int]
     escapes: frozenset[str]
+    postponed: frozenset[int] = frozenset()
 
     def group_of(self, leaf: str) -> Group | None:
         return next((g for g in self.groups for name, _, _ in g.leaves if name == leaf), None)
@@ -121,6 +123,7 @@ def find(program: Program, names: Sequence[str], *, masks: bool = False) -> Cach
         tuple(Refused(leaf, why) for leaf, why in refused.items()),
         {leaf: i for leaf, i in outputs.items() if leaf in grouped},
         frozenset(probe.escapes),
+        frozenset(probe.postponed),
     )
 
 

@@ -67,6 +67,7 @@ class CacheRun(Interpreter, Deferral):
         Deferral.__init__(self)
         self.scopes: list[dict[int, tuple[Node, Any]]] = [{}]
         self.origin: dict[int, tuple[Any, Node]] = {}
+        self.postponed: set[int] = set()  # conds of which only some branches attend
 
     # what the two users do differently
 
@@ -79,6 +80,10 @@ class CacheRun(Interpreter, Deferral):
 
     def view_array(self, node: Node, eqn: Any = None, reason: str = "") -> jax.Array:
         raise NotImplementedError
+
+    def postpone(self, store: Store, found: Attention) -> Any:
+        """What `store.opened` is after a `cond` of which some branches made the attention `found`."""
+        return found
 
     def close(self, store: Store) -> None:
         """Carries out what is pending on a store."""
@@ -277,8 +282,8 @@ class CacheRun(Interpreter, Deferral):
             store.shut()
             store.arrays = state
 
-    def leave(self, stores: Sequence[Store]) -> list[Any]:
-        for store in stores:
+    def leave(self, stores: Sequence[Store], store_rows: bool = True) -> list[Any]:
+        for store in stores if store_rows else ():
             self.close(store)
         for store in stores:
             store.shut()
@@ -307,7 +312,7 @@ class CacheRun(Interpreter, Deferral):
         before = [store.arrays for store in stores]
         slots = [i for i, v in enumerate(values) if not is_node(v)]
         found: list[list[Cell | None]] = []
-        touched: list[list[bool]] = []
+        touched: list[list[Any]] = []
 
         def function(body: Any, arrays: Any, states: Any) -> Any:
             self.enter(stores, states)
@@ -316,8 +321,8 @@ class CacheRun(Interpreter, Deferral):
                 mine[i] = x
             out, cells = self.results(eqn, self.run(body, mine))
             found.append(cells)
-            touched.append([store.opened is not None for store in stores])
-            return out, self.leave(stores)
+            touched.append([store.opened for store in stores])
+            return out, self.leave(stores, store_rows=id(eqn) not in self.postponed)
 
         functions = [functools.partial(function, body) for body in bodies]
         out, states = call(functions, [values[i] for i in slots], before)
@@ -325,15 +330,30 @@ class CacheRun(Interpreter, Deferral):
             self.refuse(
                 next(v for v in values if is_rooted(v)), eqn, "the branches return different caches"
             )
-        pending = any(w is not DONE for v in values for n in reads_of(v) for w in n.view.writes)
-        if pending and any(flags != touched[0] for flags in touched):
-            self.refuse(
-                next(v for v in values if is_rooted(v)), eqn, "only some branches attend to it"
-            )
         for store, state in zip(stores, states):
             store.shut()
             store.arrays = state
+        self._postpone(eqn, values, stores, touched, found[0])
         return [c.node((DONE,)) if c is not None else x for x, c in zip(out, found[0])]
+
+    def _postpone(
+        self, eqn: compat.Eqn, values: list[Any], stores: Any, touched: Any, cells: Any
+    ) -> None:
+        """Where only some branches attend to rows that were written before, those are stored after all of them."""
+        views = [n.view for v in values for n in reads_of(v)]
+        written = [w for view in views for w in view.writes if w is not DONE]
+        flags = [[opened is not None for opened in branch] for branch in touched]
+        if not written or all(f == flags[0] for f in flags):
+            return
+        for store, openings in zip(stores, zip(*touched)):
+            found = next((_found(opened) for opened in openings if opened is not None), None)
+            if found is None:
+                continue
+            before = all(any(r.write is w for w in written) for r in found.reads)
+            if not before or found.index is not None or any(c is not None for c in cells):
+                self.refuse_at(found.weights, "only some branches attend to it", compat.where(eqn))
+            self.postponed.add(id(eqn))
+            store.opened = self.postpone(store, found)
 
     def stores_of(self, values: Sequence[Any]) -> list[Store]:
         found = {id(n.view.cell.store): n.view.cell.store for v in values for n in reads_of(v)}
