@@ -88,9 +88,9 @@ class Emit(CacheRun):
         method, selector = self.method(store), self.method(store).selector
         if method.needs_queries or (selector is not None and selector.needs_attention):
             raise ValueError(
-                f"{store.group.name}: only some branches of a `cond` attend to this cache, so {method.name} does not "
-                "see the attention of every call; use a recipe without a selector, or one that looks at keys or positions "
-                "(`streaming`, `keydiff`)"
+                f"{store.group.name}: only some branches of a `cond` attend to this cache, so {method.name} does "
+                "not see the attention of every call; use a recipe without a selector, or one that looks at keys or "
+                "positions (`streaming`, `keydiff`)"
             )
         return Opened(found, store.arrays, None)
 

@@ -141,7 +141,7 @@ class Lookup:
 
 def _lookup(run: Deferral, indices: Any, column: int) -> Lookup | None:
     """The lookup that a column of indices comes from."""
-    node = run.source(indices)
+    node = run.made_by(indices)
     rank = len(shape_of(indices)) - 1
     if node is None or node.op != "concatenate" or column >= len(node.inputs):
         return None
@@ -149,7 +149,7 @@ def _lookup(run: Deferral, indices: Any, column: int) -> Lookup | None:
         return None
     coords = [along(i, n, rank) for i, n in enumerate(shape_of(indices)[:-1])]
     found, coords = bare(run, node.inputs[column], [*coords, None])
-    node = run.source(found)
+    node = run.made_by(found)
     if node is None or node.op != "gather" or len(shape_of(node.inputs[0])) != 2:
         return None
     table, index = node.inputs
@@ -232,7 +232,7 @@ def _row_write(
 
 def bare(run: Deferral, x: Any, coords: list[Coord]) -> tuple[Any, list[Coord]]:
     """An index before it was laid out, and before negative ones were counted from the end."""
-    node = run.source(x)
+    node = run.made_by(x)
     if node is None:
         return x, coords
     inner = moved(node, coords)
@@ -247,7 +247,7 @@ def bare(run: Deferral, x: Any, coords: list[Coord]) -> tuple[Any, list[Coord]]:
 
 def _is_negative(run: Deferral, mask: Any, x: Any) -> bool:
     """``mask`` is ``x < 0``."""
-    node = run.source(mask)
+    node = run.made_by(mask)
     if node is None or node.op != "lt" or not run.same(node.inputs[0], x):
         return False
     zero = concrete(node.inputs[1])
