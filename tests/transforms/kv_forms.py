@@ -577,4 +577,4 @@ ids = jnp.asarray(np.random.default_rng(7).integers(0, 40, (B, sum(CALLS)), np.i
 ids = jnp.split(ids, np.cumsum(CALLS)[:-1], axis=1)
 form("tokens, RoPE before the cache", language_model, params=weights(embed=(40, D)), inputs=ids)
 
-from tests.transforms import kv_forms_adversarial  # noqa: E402, F401 (adds its forms to FORMS)
+from tests.transforms import kv_forms_adversarial, kv_forms_written  # noqa: E402, F401 (they add to FORMS)

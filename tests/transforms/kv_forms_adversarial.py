@@ -340,7 +340,7 @@ def grows_bksh(p, x, cache):
     return project_out(p, y), (k, v)
 
 
-def rolling(put):
+def rolling(put, layer=attention):
     """The newest token lies last; older ones move to the left."""
 
     def step(p, x, cache):
@@ -348,7 +348,7 @@ def rolling(put):
             first = jnp.arange(S) >= S - i - t
             return first & (jnp.arange(S) <= S - t + jnp.arange(t)[:, None])
 
-        return attention(p, x, cache, write=put, mask=mask)
+        return layer(p, x, cache, write=put, mask=mask)
 
     return step
 

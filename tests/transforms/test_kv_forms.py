@@ -12,21 +12,13 @@ from tests.transforms.kv_forms import FORMS, Form
 # Left alone, with the reason that `explain()` gives.
 REFUSED = {
     "flash-style scan over blocks": "carried by `scan`",
-    "attention in cond": "only some branches",
     "attention in shard_map": "shard_map",
-    "roll by jnp.roll": "updated after arithmetic",
-    "one-hot multiply-add": "not updated in this call",
-    "paged": "scattered along two axes",
-    "written after, concat at read": "updated otherwise than attention reads it",
-    "old cache and self in one softmax": "not updated in this call",
-    "old cache and self merged by sums": "not updated in this call",
 }
 # A selector can't evict: the cache grows, or weights and rows are used elsewhere too.
 NO_EVICTION = {
     "concat",
     "concat in the layout bksh",
     "attention weights returned",
-    "deferred softmax",  # its denominator is used after the second matmul
 }
 TOLERANCE = 2e-5
 
@@ -105,6 +97,12 @@ def test_forms_that_are_found():
     odd = [f.name for f in FORMS if f.kind == "adversarial" and f.found]
     assert len([n for n in odd if n not in REFUSED]) >= 0.8 * len(odd)
     assert not [f.name for f in FORMS if f.kind == "static" and f.name in REFUSED]
+
+
+def test_a_cond_of_which_one_branch_attends_hides_its_attention():
+    form = next(f for f in FORMS if f.name == "attention in cond")
+    with pytest.raises(ValueError, match="only some branches"):
+        outputs_of(form, sx.recipes.select("h2o", 12), calls=1)
 
 
 def test_a_structured_mask_is_never_made_in_full():

@@ -53,6 +53,7 @@ class Axes:
 
     def __init__(self) -> None:
         self.parts: dict[Atom, Dim] = {}
+        self.joined: dict[Dim, Atom] = {}
 
     def resolve(self, dim: Iterable[Atom]) -> Dim:
         """The atoms of a dimension, each as far split as it ever was; merged ones as one."""
@@ -84,8 +85,19 @@ class Axes:
                     raise LayoutError(f"the reshape to {tuple(shape)} cuts across its axes")
                 dim.append(atom)
                 size //= atom.size
-            out.append(tuple(dim))
+            out.append(self.joined_dim(tuple(dim)))
         return tuple(out)
+
+    def join(self, parts: Dim, whole: Atom) -> None:
+        """Says that two axes, where a reshape brings them together, are one."""
+        self.joined[parts] = whole
+
+    def joined_dim(self, dim: Dim) -> Dim:
+        for i in range(len(dim) - 1):
+            whole = self.joined.get(dim[i : i + 2])
+            if whole is not None:
+                return (*dim[:i], whole, *dim[i + 2 :])
+        return dim
 
     def split(self, atom: Atom, parts: Dim) -> None:
         assert math.prod(p.size for p in parts) == atom.size

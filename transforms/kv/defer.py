@@ -60,6 +60,10 @@ class Deferral:
         """Whether two indices are certainly equal."""
         raise NotImplementedError
 
+    def made_by(self, x: Any) -> Node | None:
+        """The equation that made a value, where it is known."""
+        raise NotImplementedError
+
     def nodes(self, eqn: compat.Eqn, values: list[Any]) -> list[Node]:
         """The results of `eqn`, deferred. Raises LayoutError."""
         if any(map(is_rooted, values)):
@@ -107,7 +111,7 @@ def _elementwise(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> list[Node
         for i, dim in enumerate(labels_of(value)):
             labels[i] = run.axes.merge(labels[i], dim) if labels[i] and dim else labels[i] or dim
     if eqn.primitive.name in ("select_n", "add"):
-        from .writes import one_hot
+        from .onehot import one_hot
 
         found = one_hot(run, eqn, values)
         if found is not None:
@@ -242,7 +246,6 @@ def _dynamic_slice(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> list[No
 @rule("gather")
 def _gather(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> list[Node]:
     """One entry of an axis, as in ``cache[layer]``."""
-    x: Any
     x: Any = values[0]
     index = values[1]
     dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
@@ -255,6 +258,11 @@ def _gather(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> list[Node]:
         and x.view is not None
     )
     if not one:
+        from .paged import looked_up
+
+        found = looked_up(run, eqn, values) if is_rooted(x) else None
+        if found is not None:
+            return [found]
         raise LayoutError("rows of it are gathered by an index (a paged or beam-searched cache)")
     dim = run.axes.resolve(labels_of(x)[cut[0]])
     if len(dim) != 1:
@@ -281,6 +289,10 @@ def _concatenate(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> list[Node
         from .writes import concatenated
 
         return [concatenated(run, eqn, values, axis)]
+    from .writes import turned
+
+    if (found := turned(run, eqn, values, axis)) is not None:
+        return [found]
     dim = _joined(run, values, axis)
     labels = list(labels_of(first))
     for other in values:

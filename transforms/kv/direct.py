@@ -81,7 +81,8 @@ def place(
       kept: ``[K, S, D]`` for each stream.
       new: ``[K, T, D]``.
       at: positions ``int32[T]``; S or more for rows to drop.
-      how: "run" (consecutive positions), "any", or "roll" (the cache moves down by T).
+      how: "run" (consecutive positions), "any", or "roll" (the cache moves down by T). Where rows are only read, also
+        "behind": after the last position.
     """
     out = []
     for x, y in zip(kept, new):

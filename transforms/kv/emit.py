@@ -16,7 +16,7 @@ from .expr import Cell, Node, is_rooted, walk
 from .find import Caches, stream_key
 from .match import Attention, new_rows
 from .method import Method
-from .replay import Replay, Rows, attend
+from .replay import Replay, Rows, attend, reduced
 from .rewrite import CacheRun, Store
 from .state import KVState, Moved
 from .store import Working, absorb, is_ragged, working
@@ -30,13 +30,13 @@ class Opened:
     Attributes:
       found: the attention that opened it.
       arrays: the state of its entry of the stack.
-      working: the rows to attend to.
+      working: the rows to attend to; None after a `cond` of which only some branches attended.
       stats: what the selector wants to know of the attention weights; None before.
     """
 
     found: Attention
     arrays: Any
-    working: Working
+    working: Working | None
     stats: Any = None
 
 
@@ -53,21 +53,46 @@ class Emit(CacheRun):
     ):
         super().__init__(strict=strict, recorder=recorder)
         self.caches, self.methods = caches, methods
+        self.postponed |= caches.postponed
 
     def attention(self, found: Attention) -> jax.Array:
         store: Store = found.reads[0].cell.store
-        if not self._is_open(store, found):
-            self.close(store)
+        if store.opened is None:
             store.opened = self.open(store, found)
         opened: Opened = store.opened
-        order = [store.group.streams.index(stream_key(r)) for r in found.reads]
-        w = opened.working
-        rows = Rows([w.rows[i] for i in order], w.positions, w.live)
         statistic = self.statistic(store, opened)
-        out, stats = attend(self, found, rows, statistic)
+        out, stats = attend(self, found, self.rows(found), statistic)
         if stats is not None and opened.stats is None:
             store.opened = dataclasses.replace(opened, stats=stats)
         return out
+
+    def reduced(self, found: Attention, value: Node) -> jax.Array:
+        return reduced(self, found, self.rows(found), value)
+
+    def rows(self, found: Attention) -> Rows:
+        """What an attention runs on, in the order of its streams."""
+        store: Store = found.reads[0].cell.store
+        w = self.worked(store)
+        order = [store.group.streams.index(stream_key(r)) for r in found.reads]
+        return Rows([w.rows[i] for i in order], w.positions, w.live)
+
+    def worked(self, store: Store) -> Working:
+        opened: Opened = store.opened
+        if opened.working is None:
+            w = self.work(store, opened.found, opened.arrays)
+            store.opened = opened = dataclasses.replace(opened, working=w)
+        assert opened.working is not None
+        return opened.working
+
+    def postpone(self, store: Store, found: Attention) -> Opened:
+        method, selector = self.method(store), self.method(store).selector
+        if method.needs_queries or (selector is not None and selector.needs_attention):
+            raise ValueError(
+                f"{store.group.name}: only some branches of a `cond` attend to this cache, so {method.name} does "
+                "not see the attention of every call; use a recipe without a selector, or one that looks at keys or "
+                "positions (`streaming`, `keydiff`)"
+            )
+        return Opened(found, store.arrays, None)
 
     def method(self, store: Store) -> Method:
         return self.methods[store.group.leaves[0][0]]
@@ -110,12 +135,6 @@ class Emit(CacheRun):
             "cache (rotary positions at reading, a norm): use a selector that looks at attention weights"
         )
 
-    def _is_open(self, store: Store, found: Attention) -> bool:
-        opened: Opened | None = store.opened
-        return opened is not None and all(
-            any(r.write is o.write for o in opened.found.reads) for r in found.reads
-        )
-
     def open(self, store: Store, found: Attention) -> Opened:
         arrays = store.arrays
         if is_ragged(arrays):
@@ -126,21 +145,33 @@ class Emit(CacheRun):
         if found.index is not None:
             index = self.array(found.index[1])
             arrays = jax.tree.map(lambda x: _entry(x, index, found), arrays)
-        new: list[Any] = [()] * len(store.group.streams)
+        return Opened(found, arrays, self.work(store, found, arrays))
+
+    def work(self, store: Store, found: Attention, arrays: Any) -> Working:
+        """The rows that are kept, and the new ones that `found` reads."""
+        group = store.group
+        new: list[Any] = [()] * len(group.streams)
         for read in found.reads:
+            i = group.streams.index(stream_key(read))
+            if read.write is None:
+                shape = (read.batch, read.heads, 0, read.width)
+                new[i] = jnp.zeros(shape, read.cell.dtype)
+                continue
             value: Any = read.write.value
             value = value() if callable(value) else self.array(value)
-            rows = new_rows(self, read, found.token, value)
-            new[store.group.streams.index(stream_key(read))] = rows.astype(read.cell.dtype)
-        missing = [s.leaf for s, x in zip(store.group.streams, new) if isinstance(x, tuple)]
+            new[i] = new_rows(self, read, found.token, value).astype(read.cell.dtype)
+        missing = [s.leaf for s, x in zip(group.streams, new) if isinstance(x, tuple)]
         assert not missing, missing
         at, how = self.positions(found)
-        group = store.group
-        return Opened(found, arrays, working(self.method(store), group, arrays, new, at, how))
+        if found.start == "grow" and not group.grows:
+            how = "behind"
+        return working(self.method(store), group, arrays, new, at, how)
 
     def positions(self, found: Attention) -> tuple[jax.Array, str]:
         """``int32[T]`` or ``int32[B, T]``, S or more for rows to drop; and how they lie."""
         start, t, length = found.start, found.rows, found.length
+        if start is None:
+            return jnp.zeros(0, jnp.int32), "any"
         if start == "grow":
             return length - t + jnp.arange(t, dtype=jnp.int32), "run"
         if start == "roll":
@@ -155,19 +186,22 @@ class Emit(CacheRun):
             at = jnp.clip(at[..., :1], 0, length - t) + jnp.arange(t, dtype=jnp.int32)
         else:
             at = jnp.clip(at, 0, length - 1)
-        if at.ndim == 2 and not start.batched:
+        if at.ndim == 2 and not start.along:
             at = at[0]
         return at, "run" if start.contiguous and not start.drops else "any"
 
     def close(self, store: Store) -> None:
-        opened: Opened | None = store.opened
-        if opened is None:
+        if store.opened is None:
             return
-        store.opened = None
+        found = self.written(store)
+        opened: Opened = store.shut()
         method = self.method(store)
         queries = self.queries(opened.found) if method.needs_queries else None
         w = opened.working
-        arrays = absorb(method, store.group, opened.arrays, w, opened.stats, queries)
+        if w is None or found is not opened.found:
+            w = self.work(store, found, opened.arrays)
+        stats = _for_slots(opened.stats, w)
+        arrays = absorb(method, store.group, opened.arrays, w, stats, queries)
         arrays = jax.lax.stop_gradient(arrays)
         if opened.found.index is not None:
             index = self.array(opened.found.index[1])
@@ -191,10 +225,16 @@ class Emit(CacheRun):
         found = opened.found
         read = next(r for r in found.reads if r.cell is node.view.cell)
         read = dataclasses.replace(read, node=node)
-        w = opened.working
+        w = self.worked(node.view.cell.store)
         i = node.view.cell.store.group.streams.index(stream_key(read))
         replay = Replay(self, found, Rows(w.rows, w.positions, w.live))
         return replay.arrange(read, w.rows[i])
+
+
+def _for_slots(stats: Any, w: Working) -> Any:
+    """What a selector knows of the slots; nothing of rows that are written after the attention."""
+    extend = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, w.rows[0].shape[2] - x.shape[2])))
+    return jax.tree.map(extend, stats)
 
 
 def _is_read(x: Any, read: Node) -> bool:
@@ -241,6 +281,8 @@ def run(
     out = emit.run(program.jaxpr, values)
     place = {j: leaf for leaf, j in caches.outputs.items()}
     out = [v if j in place else emit.array(v, None, "it is a result") for j, v in enumerate(out)]
+    for j in place:
+        emit.result(out[j], "the program")
     for store in stores.values():
         emit.close(store)
     body, _ = compat.open_jaxpr(program.jaxpr)

@@ -228,19 +228,12 @@ def _bind(eqn: compat.Eqn | None, values: list[Any]) -> jax.Array:
     return compat.bind(eqn, values)[0]
 
 
-def coords_in(x: Any, coords: Sequence[Coord], target: Node, rank: int) -> Sequence[Coord] | None:
-    """The coordinates in `target`, which `x` is made of, for coordinates in `x`."""
-    if x is target:
-        return coords
-    if not is_node(x):
+def moved(x: Node, coords: Sequence[Coord]) -> list[Coord] | None:
+    """The coordinates in the operand of a layout equation that needs no index to be computed."""
+    if x.eqn is None or x.op == "dynamic_slice":
         return None
-    run = Evaluation(rank, lambda v: (_ for _ in ()).throw(ValueError("not an index")))
-    moved = moves(x, coords, run)
-    for value in x.inputs[:1] if moved is not None else x.inputs:
-        found = coords_in(value, moved if moved is not None else coords, target, rank)
-        if found is not None:
-            return found
-    return None
+    rank = 1 + max([c.dim for c in coords if isinstance(c, Along)], default=0)
+    return moves(x, coords, Evaluation(rank, jnp.asarray))
 
 
 def concrete(x: Any) -> np.ndarray | None:

@@ -56,7 +56,8 @@ class Write:
     Attributes:
       kind: "rows" (at given positions), "grow" (concatenated), "roll" (shifted and concatenated).
       labels: axes of the cache where it is updated.
-      value: the new rows; as `labels`, but for the token axis and fixed axes.
+      value: the new rows, as an array or a function that gives it.
+      sizes: the shape of `value`; as `labels`, but for the token axis and fixed axes.
       starts: for each dimension the index where it is written; None for a whole dimension.
       dim: the token dimension, where the kind tells.
       view: the part of the cache that is updated.
@@ -66,6 +67,7 @@ class Write:
     kind: str
     labels: Labels
     value: Any
+    sizes: tuple[int, ...]
     starts: tuple[Any, ...]
     view: View
     grown: Atom | None = None
@@ -80,12 +82,19 @@ class View:
       fixed: axes of which one entry was taken, and its index.
       subs: axes of which a slice was taken.
       writes: what was written to the cache, in order.
+      turned: an axis that was rotated, and by how many entries: entry i was i + n before.
     """
 
     cell: Cell
     fixed: tuple[tuple[Atom, Any], ...] = ()
     subs: tuple[Atom, ...] = ()
     writes: tuple[Write, ...] = ()
+    turned: tuple[Atom, int] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether an inner program has updated it, and the update is carried out."""
+        return DONE in self.writes
 
     def fix(self, atom: Atom, index: Any) -> View:
         return dataclasses.replace(self, fixed=(*self.fixed, (atom, index)))
@@ -100,6 +109,7 @@ class Cell:
       labels: its axes.
       stack: sizes of the axes that scans took, outermost first.
       store: what holds its rows; shared by the cells of one attention.
+      pages: where it is a paged pool, how it is a cache (see `paged.py`).
     """
 
     def __init__(self, name: str, shape: Any, dtype: Any, stack: tuple[int, ...], store: Any):
@@ -107,6 +117,12 @@ class Cell:
         self.stack, self.store = stack, store
         self.labels = fresh(self.shape)
         self.subs: dict[tuple[Atom, int, int], Atom] = {}
+        self.pages: Any = None
+
+    @property
+    def rows(self) -> Labels:
+        """Its axes as those of a cache: of a paged pool, batch and tokens."""
+        return self.labels if self.pages is None else self.pages.labels(self.labels)
 
     def node(self, writes: tuple[Write, ...] = ()) -> Node:
         view = View(self, writes=writes)
@@ -118,6 +134,9 @@ class Cell:
         if key not in self.subs:
             self.subs[key] = Atom(size, parent=atom, start=start)
         return self.subs[key]
+
+
+DONE = Write("done", (), None, (), (), View(None))  # type: ignore[arg-type]
 
 
 def is_node(x: Any) -> bool:

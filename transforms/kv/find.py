@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core import compat
-from ..core.program import Program, is_packed
+from ..core.program import Program, is_packed, logical
 from .expr import Cell, Node, is_rooted
 from .masks import mask_name
 from .match import Attention, Read
@@ -28,6 +28,7 @@ class Caches:
       refused: the other leaves of the caches, with reasons.
       outputs: for each leaf of a group, its place among the program's results.
       escapes: names of groups whose attention weights are used outside the attention.
+      postponed: each `cond` of which only some branches attend, by identity.
     """
 
     groups: tuple[Group, ...]
@@ -35,6 +36,7 @@ class Caches:
     refused: tuple[Refused, ...]
     outputs: dict[str, int]
     escapes: frozenset[str]
+    postponed: frozenset[int] = frozenset()
 
     def group_of(self, leaf: str) -> Group | None:
         return next((g for g in self.groups for name, _, _ in g.leaves if name == leaf), None)
@@ -49,6 +51,9 @@ class Probe(CacheRun):
         self.groups: dict[frozenset[str], Group] = {}
         self.sites: list[Site] = []
         self.escapes: set[str] = set()
+        self.behind: set[str] = (
+            set()
+        )  # caches that attention reads with the new rows behind the old
 
     def attention(self, found: Attention) -> jax.Array:
         group = _group(found)
@@ -67,9 +72,19 @@ class Probe(CacheRun):
         aval: Any = found.eqn.outvars[0].aval
         return jnp.zeros(aval.shape, aval.dtype)
 
+    def reduced(self, found: Attention, value: Node) -> jax.Array:
+        return jnp.zeros(value.shape, value.dtype)
+
+    def close(self, store: Store) -> None:
+        found = store.opened
+        if found is not None and self.written(store) is not found and found.start == "grow":
+            self.behind.update(read.cell.name for read in found.reads)
+
     def view_array(self, node: Node, eqn: Any = None, reason: str = "") -> jax.Array:
         assert node.view is not None
         cell = node.view.cell
+        if cell.pages is not None:
+            raise Unfit([cell.name], "a paged pool is used otherwise than by attention")
         if cell.store.opened is None or not reason:
             op = f"`{eqn.primitive.name}`: " if eqn is not None else ""
             raise Unfit([cell.name], op + (reason or "it is used as an array"), "")
@@ -94,6 +109,9 @@ def find(program: Program, names: Sequence[str], *, masks: bool = False) -> Cach
         if not lost:
             break
         refused.update(lost)
+    for key, group in probe.groups.items():
+        if key & probe.behind:
+            probe.groups[key] = dataclasses.replace(group, grows=False)
     grouped = {name for group in probe.groups.values() for name, _, _ in group.leaves}
     for leaf, name in zip(program.leaves, names):
         if name and can_hold_rows(leaf) and name not in grouped and name not in refused:
@@ -105,6 +123,7 @@ def find(program: Program, names: Sequence[str], *, masks: bool = False) -> Cach
         tuple(Refused(leaf, why) for leaf, why in refused.items()),
         {leaf: i for leaf, i in outputs.items() if leaf in grouped},
         frozenset(probe.escapes),
+        frozenset(probe.postponed),
     )
 
 
@@ -142,8 +161,11 @@ def _probe(
                 outputs[cell.name] = j
             elif is_rooted(value) and cell is None:
                 probe.array(value, None, "it is a result of the program")
+        for cell in cells.values():
+            probe.close(cell.store)
 
-    jax.eval_shape(run, [program.leaves[i] for i in plain])
+    leaves = [program.leaves[i] for i in plain]
+    jax.eval_shape(run, [leaf if is_packed(leaf) else logical(leaf) for leaf in leaves])
     return outputs
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from stowax.pallas_kernels.codecs import LayoutError
 from ..core import compat
 from .axes import Atom, Dim
 from .defer import Deferral, labels_of, literal
-from .expr import Cell, Node, Write, is_node, is_rooted, shape_of, walk
+from .expr import DONE, Cell, Node, View, Write, is_node, is_rooted, walk
 from .writes import Positions
 
 
@@ -32,7 +33,7 @@ class Read:
       lead, inner: its batch and head axes, and the axes of a row, in the cache's order.
       batch: the size of the batch axis; the other lead axes are heads.
       part: which part of the cache it is: ``((axis, start, size), ...)``.
-      write: its update.
+      write: its update; None where it is read before this call's update.
       role: "key", "value", or "both".
     """
 
@@ -41,7 +42,7 @@ class Read:
     inner: Dim
     batch: int
     part: tuple[tuple[int, int, int], ...]
-    write: Write
+    write: Write | None
     role: str
 
     @property
@@ -73,9 +74,9 @@ class Attention:
       token: the token axis.
       length: its size, the cache's length in tokens.
       reads: the streams.
-      rows: new tokens in this call.
+      rows: new tokens among those it reads.
       index: the entry of a stacked cache, and the size of the stack; None where there is none.
-      start: where the new rows go: a start, `Positions`, or the kind of a concatenation.
+      start: where the new rows go: a start, `Positions`, or the kind of a concatenation; None without new rows.
     """
 
     eqn: compat.Eqn
@@ -132,18 +133,60 @@ def match(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Attention:
         _read(run, node, role, token, weights, discriminating)
         for node, role, discriminating in streams
     ]
-    found = [_positions(run, read, token) for read in reads]
-    for start, _ in found[1:]:
-        if not same_start(run, start, found[0][0]):
-            raise LayoutError("keys and values are written at different positions")
+    start, rows = _all_positions(run, reads, token)
     first = reads[0]
     if any((r.batch, r.heads) != (first.batch, first.heads) for r in reads):
         raise LayoutError("keys and values have different heads")
     index = _stack_index(run, reads, streams)
     return Attention(
-        eqn, (values[0], values[1]), side, token, token.size, tuple(reads), found[0][1],
-        index, found[0][0],
+        eqn, (values[0], values[1]), side, token, token.size, tuple(reads), rows, index, start,
     )  # fmt: skip
+
+
+def stored(run: Deferral, found: Attention, views: Sequence[View | None]) -> Attention:
+    """An attention that reads caches before their update, with that update (in `views`). Raises LayoutError."""
+    own = [_own_token(run, read, found.token) for read in found.reads]
+    token = own[0]
+    for other in own[1:]:
+        run.axes.merge((token,), (other,))
+    reads = []
+    for read, after in zip(found.reads, views):
+        before: Any = read.node.view
+        later = () if after is None else tuple(w for w in after.writes if w not in before.writes)
+        if DONE in later:
+            raise LayoutError("an inner program updates it after attention has read it")
+        node = dataclasses.replace(read.node, view=dataclasses.replace(before, writes=later))
+        write = _relevant_write(run, node, token)
+        if write is None:
+            raise LayoutError("a cache is read that is not updated there in this call")
+        reads.append(dataclasses.replace(read, write=write))
+    start, rows = _all_positions(run, reads, token)
+    if found.rows not in (0, rows):
+        raise LayoutError("attention reads other new rows than are written afterwards")
+    return dataclasses.replace(
+        found, token=token, length=token.size, reads=tuple(reads), rows=rows, start=start
+    )
+
+
+def _own_token(run: Deferral, read: Read, token: Atom) -> Atom:
+    """The token axis of the cache itself, where new rows were put behind it."""
+    if read.write is None:
+        return token
+    grown = read.write.grown
+    dim = run.axes.resolve((grown.parent,)) if grown is not None and grown.parent else ()
+    if len(dim) != 1:
+        raise LayoutError("the token axis is part of a merged axis")
+    return dim[0]
+
+
+def _all_positions(run: Deferral, reads: Sequence[Read], token: Atom) -> tuple[Any, int]:
+    """Where the new rows of all streams go, and how many they are."""
+    first, *rest = [_positions(run, read, token) for read in reads]
+    if any((start is None) != (first[0] is None) for start, _ in rest):
+        raise LayoutError("keys are read before they are updated and values after, or the reverse")
+    if any(not same_start(run, start, first[0]) for start, _ in rest):
+        raise LayoutError("keys and values are written at different positions")
+    return first
 
 
 def reads_of(x: Any) -> list[Node]:
@@ -191,17 +234,18 @@ def _read(
     view = node.view
     assert view is not None
     cell = view.cell
+    if view.turned is not None:
+        raise LayoutError("it is read rolled, without new rows in the place of the oldest")
     here = {a for d in run.axes.labels(labels_of(node)) for a in d}
     if token not in here:
         raise LayoutError(f"{cell.name or 'a cache'} is read without its whole token axis")
     fixed = dict(view.fixed)
-    lead: list[Atom] = []
-    entries: list[int] = []
+    lead: list[Dim] = []
     inner: list[Atom] = []
     part: list[tuple[int, int, int]] = []
-    for axis, dim in enumerate(cell.labels):
+    for axis, dim in enumerate(cell.rows):
         if not dim:
-            entries.append(1)
+            lead.append(())
             continue
         atom = dim[0]
         if atom in fixed:
@@ -212,37 +256,54 @@ def _read(
         if sub is not None:
             part.append((axis, sub.start, sub.size))
         atoms = run.axes.resolve((sub or atom,))
-        if token in atoms or _is_grown(run, view.writes, token, axis, cell):
+        if token in atoms or _is_grown(run, view.writes, token, atom):
             if token in atoms and len(atoms) != 1:
                 raise LayoutError("the token axis is part of a merged axis")
             continue
-        mine = [a for a in atoms if a in weights]
-        lead += mine
+        mine = tuple(a for a in atoms if a in weights)
         inner += [a for a in atoms if a not in weights]
         if mine:
-            entries.append(math.prod(a.size for a in mine))
-    batch = entries[0] if entries else 1
+            lead.append(mine)
     write = _relevant_write(run, node, token)
-    return Read(node, tuple(lead), tuple(inner), batch, tuple(part), write, role)
+    lead = _batch_first(run, lead, write)
+    batch = math.prod(a.size for a in lead[0]) if lead else 1
+    flat = tuple(a for dim in lead for a in dim)
+    return Read(node, flat, tuple(inner), batch, tuple(part), write, role)
 
 
-def _is_grown(run: Deferral, writes: tuple[Write, ...], token: Atom, axis: int, cell: Cell) -> bool:
-    for w in writes:
-        if w.kind == "grow" and w.grown is not None and run.axes.resolve((w.grown,)) == (token,):
-            dims = [i for i, s in enumerate(w.starts) if s is not None]
-            return cell.shape[axis] == w.grown.size - (w.starts[dims[0]] or 0) and dims[0] == axis
-    return False
+def _batch_first(run: Deferral, lead: list[Dim], write: Write | None) -> list[Dim]:
+    """The batch is the axis that has positions of its own; otherwise the cache's first."""
+    own = [s.along for s in (write.starts if write else ()) if isinstance(s, Positions) and s.along]
+    if not own:
+        return lead
+    assert write is not None
+    dims = [run.axes.resolve(write.labels[d]) for d in own[0]]
+    dims = [dim for dim in dims if dim]
+    if len(dims) > 1 or (dims and dims[0] not in lead):
+        raise LayoutError("positions of new rows differ along an axis that is not the batch")
+    return dims + [dim for dim in lead if dim not in dims]
 
 
-def _relevant_write(run: Deferral, node: Node, token: Atom) -> Write:
+def _is_grown(run: Deferral, writes: tuple[Write, ...], token: Atom, atom: Atom) -> bool:
+    """Whether `token` is an axis of the cache with new rows behind."""
+    return any(
+        w.grown is not None
+        and w.grown.parent is not None
+        and run.axes.resolve((w.grown,)) == (token,)
+        and run.axes.resolve((w.grown.parent,)) == run.axes.resolve((atom,))
+        for w in writes
+    )
+
+
+def _relevant_write(run: Deferral, node: Node, token: Atom) -> Write | None:
     view = node.view
     assert view is not None
+    if view.done:
+        raise LayoutError("it is read again after an inner program has updated it")
     found = [w for w in view.writes if _meets(run, w, node, token)]
-    if not found:
-        raise LayoutError("a cache is read that was not updated in this call")
     if len(found) > 1:
         raise LayoutError("a cache is updated more than once before it is read")
-    return found[0]
+    return found[0] if found else None
 
 
 def _meets(run: Deferral, write: Write, node: Node, token: Atom) -> bool:
@@ -258,7 +319,7 @@ def _meets(run: Deferral, write: Write, node: Node, token: Atom) -> bool:
         mine = next((s for s in view.subs if s.parent is sub.parent), None)
         if mine is not None and mine.start != sub.start:
             return False
-    for dim, start, size in zip(write.labels, write.starts, write_sizes(write)):
+    for dim, start, size in zip(write.labels, write.starts, write.sizes):
         atoms = run.axes.resolve(dim)
         if start is None or atoms in ((token,), ()):
             continue
@@ -277,13 +338,6 @@ def _meets(run: Deferral, write: Write, node: Node, token: Atom) -> bool:
     return True
 
 
-def write_sizes(write: Write) -> tuple[int, ...]:
-    if callable(write.value):
-        shapes = jax.eval_shape(write.value).shape
-        return tuple(shapes)
-    return shape_of(write.value)
-
-
 def _same_index(run: Deferral, a: Any, b: Any) -> bool:
     if run.same(a, b):
         return True
@@ -295,7 +349,9 @@ def _same_index(run: Deferral, a: Any, b: Any) -> bool:
 def _positions(run: Deferral, read: Read, token: Atom) -> tuple[Any, int]:
     """Where the new rows go, and how many they are."""
     write = read.write
-    sizes = write_sizes(write)
+    if write is None:
+        return None, 0
+    sizes = write.sizes
     for i, dim in enumerate(write.labels):
         atoms = run.axes.resolve(dim)
         if atoms == (token,):
@@ -307,9 +363,11 @@ def _positions(run: Deferral, read: Read, token: Atom) -> tuple[Any, int]:
 
 def same_start(run: Deferral, a: Any, b: Any) -> bool:
     if isinstance(a, Positions) and isinstance(b, Positions):
-        return (a.batched, a.contiguous, a.drops) == (b.batched, b.contiguous, b.drops) and all(
-            run.same(x, y) for x, y in zip(a.source, b.source)
-        )
+        return (len(a.along), a.contiguous, a.drops) == (
+            len(b.along),
+            b.contiguous,
+            b.drops,
+        ) and all(run.same(x, y) for x, y in zip(a.source, b.source))
     return run.same(a, b)
 
 
@@ -337,6 +395,7 @@ def new_rows(run: Any, read: Read, token: Atom, value: jax.Array) -> jax.Array:
     """The new rows ``[B, K, T, D]`` of a stream, from what the program writes."""
     write, view = read.write, read.node.view
     assert view is not None
+    assert write is not None
     fixed = {run.axes.resolve((a,)): i for a, i in view.fixed}
     shape: list[int] = []
     names: list[Any] = []

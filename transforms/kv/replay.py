@@ -195,6 +195,17 @@ class Replay:
             return jnp.where(mask, x, jnp.asarray(identity, x.dtype))
         return x
 
+    def shift(self, dim: Dim, start: int) -> int:
+        """How far columns that lie after the tokens are moved by there being other slots than tokens."""
+        token, extra = self.found.token, self.slots - self.found.token.size
+        if token in dim and self.rows.positions is not None:
+            raise ValueError(
+                f"{self.found.reads[0].cell.name}: the program takes a part of the scores along the tokens, so tokens "
+                "can't be evicted; use a recipe without a selector"
+            )
+        after = len(dim) == 1 and dim[0].base is not None and start >= dim[0].extra[0] + token.size
+        return extra if after else 0
+
     def arrange(self, read: Read, rows: jax.Array) -> jax.Array:
         """Rows ``[B, K, C, D]`` laid out as the program reads them."""
         labels = self.labels(read.node)
@@ -304,6 +315,7 @@ def _cut(run: Replay, node: Node, values: Any, shape: tuple[int, ...]) -> jax.Ar
     for d in range(x.ndim):
         if whole[d]:
             continue
+        starts[d] += run.shift(run.labels(source)[d], starts[d])
         stop = starts[d] + (shape[d] - 1) * strides[d] + 1
         x = jax.lax.slice_in_dim(x, starts[d], stop, strides[d], axis=d)
     return x
@@ -324,14 +336,25 @@ def attend(run: Any, found: Attention, rows: Rows, statistic: Any = None) -> tup
     `statistic` takes weights ``f32[B, K, T, G, C]`` and the places ``int32[T]`` of their queries in this call.
     """
     whole = Replay(run, found, rows)
-    block = _block(run, found, whole)
+    return _in_blocks(whole, whole.result_labels(), lambda replay: replay.result(statistic))
+
+
+def reduced(run: Any, found: Attention, rows: Rows, node: Node) -> jax.Array:
+    """A value that the rows were reduced to: the denominator of a softmax, say."""
+    whole = Replay(run, found, rows)
+    return _in_blocks(whole, whole.labels(node), lambda replay: (replay(node), None))[0]
+
+
+def _in_blocks(whole: Replay, labels: Labels, compute: Any) -> tuple[Any, Any]:
+    """``compute(replay)``, in blocks of queries where there are too many."""
+    block = _block(whole, labels)
     if block is None:
-        return whole.result(statistic)
+        return compute(whole)
     atom, size, axis = block
     memo = whole.independent(atom)
 
     def part(start: Any, n: int) -> tuple[Any, Any]:
-        return Replay(run, found, rows, (atom, start, n), memo).result(statistic)
+        return compute(Replay(whole.run, whole.found, whole.rows, (atom, start, n), memo))
 
     count = atom.size // size
     starts = jnp.arange(count, dtype=jnp.int32) * size
@@ -346,15 +369,13 @@ def attend(run: Any, found: Attention, rows: Rows, statistic: Any = None) -> tup
     return out, stats
 
 
-def _block(run: Any, found: Attention, whole: Replay) -> tuple[Atom, int, int] | None:
+def _block(whole: Replay, result: Labels) -> tuple[Atom, int, int] | None:
     """The query axis to take in blocks, the size of a block, and its axis in the result."""
-    labels = whole.labels(found.weights)
-    total = 4 * math.prod(whole.shape(labels))
+    total = 4 * math.prod(whole.shape(whole.labels(whole.found.weights)))
     queries = query_atoms(whole)
     if total <= SCORE_BYTES or not queries:
         return None
     atom = max(queries, key=lambda a: a.size)
-    result = whole.result_labels()
     axis = next((i for i, dim in enumerate(result) if dim == (atom,)), None)
     size = max(1, atom.size * SCORE_BYTES // total)
     return None if axis is None or size >= atom.size else (atom, size, axis)

@@ -22,12 +22,10 @@ from stowax.pallas_kernels.codecs import LayoutError
 from ..core import compat
 from ..core.interpret import Interpreter, Recorder
 from ..core.program import is_packed
-from .defer import Deferral, Scalar, literal, make
-from .expr import Cell, Node, View, Write, is_node, is_rooted, shape_of
-from .match import Attention, match, reads_of
+from .defer import LAYOUT, Deferral, Scalar, literal, make
+from .expr import DONE, Cell, Node, View, is_node, is_rooted, shape_of
+from .match import Attention, Read, match, reads_of, stored
 from .store import is_ragged
-
-DONE = Write("done", (), None, (), View(None))  # type: ignore[arg-type]
 
 
 class Unfit(Exception):
@@ -39,13 +37,26 @@ class Unfit(Exception):
 
 
 class Store:
-    """What holds the rows of a group of cells; `arrays` is its state in this scope."""
+    """What holds the rows of a group of cells; `arrays` is its state in this scope.
+
+    Attributes:
+      opened: the attention whose new rows are not stored yet, in whatever form the user of `CacheRun` keeps it.
+      attended: the attentions over it since it was opened.
+      views: the last that was seen of each cell, with its updates.
+    """
 
     guessed = False  # the layout was guessed, and rightly
 
     def __init__(self, arrays: Any = (), group: Any = None):
         self.arrays, self.group = arrays, group
         self.opened: Any = None
+        self.attended: list[Attention] = []
+        self.views: dict[str, View] = {}
+
+    def shut(self) -> Any:
+        """Nothing is pending any more; what was."""
+        opened, self.opened, self.attended, self.views = self.opened, None, [], {}
+        return opened
 
 
 class CacheRun(Interpreter, Deferral):
@@ -56,14 +67,23 @@ class CacheRun(Interpreter, Deferral):
         Deferral.__init__(self)
         self.scopes: list[dict[int, tuple[Node, Any]]] = [{}]
         self.origin: dict[int, tuple[Any, Node]] = {}
+        self.postponed: set[int] = set()  # conds of which only some branches attend
 
     # what the two users do differently
 
     def attention(self, found: Attention) -> jax.Array:
         raise NotImplementedError
 
+    def reduced(self, found: Attention, value: Node) -> jax.Array:
+        """A value that depends on the rows of an attention and has no axis of tokens."""
+        raise NotImplementedError
+
     def view_array(self, node: Node, eqn: Any = None, reason: str = "") -> jax.Array:
         raise NotImplementedError
+
+    def postpone(self, store: Store, found: Attention) -> Any:
+        """What `store.opened` is after a `cond` of which some branches made the attention `found`."""
+        return found
 
     def close(self, store: Store) -> None:
         """Carries out what is pending on a store."""
@@ -80,14 +100,18 @@ class CacheRun(Interpreter, Deferral):
         if name == "dot_general" and all(map(is_rooted, values)):
             with compat.scope(eqn):
                 return [self._attention(eqn, values)]
+        if self._is_settled(values):
+            return self.step(eqn, [self.array(v, eqn) if is_rooted(v) else v for v in values])
         try:
             if any(map(is_packed, values)):
                 raise LayoutError("it meets a packed weight")
             return self.nodes(eqn, values)
         except LayoutError as error:
-            return super().step(
-                eqn, [self.array(v, eqn, str(error)) if is_node(v) else v for v in values]
-            )
+            arrays = [self.array(v, eqn, str(error)) if is_node(v) else v for v in values]
+            out = super().step(eqn, arrays)
+        if not any(map(is_rooted, values)):  # it was made of indices: a sum of one-hot rows, say
+            self.origin.update({id(v): (v, make(eqn, values, i)) for i, v in enumerate(out)})
+        return out
 
     def _plain(self, eqn: compat.Eqn, values: list[Any], name: str) -> list[Any]:
         if name == "iota":
@@ -95,11 +119,12 @@ class CacheRun(Interpreter, Deferral):
             return [Node(tuple(aval.shape), aval.dtype, eqn)]
         if name == "broadcast_in_dim" and not np.shape(values[0]) and not is_packed(values[0]):
             return self.nodes(eqn, values)
-        if name in ("jit", "pjit") and all(_is_index(v.aval) for v in eqn.outvars):
+        if name in ("jit", "pjit") and (_are_indices(eqn.invars) or _are_indices(eqn.outvars)):
             return self.run(eqn.params["jaxpr"], values)
         out = super().step(eqn, values)
+        derived = name in _TRACED and any(id(v) in self.origin for v in values)
         for i, (var, value) in enumerate(zip(eqn.outvars, out)):
-            if _is_index(var.aval) or not np.shape(value):
+            if derived or _is_index(var.aval) or not np.shape(value):
                 self.origin[id(value)] = value, make(eqn, values, i)
         return out
 
@@ -109,7 +134,60 @@ class CacheRun(Interpreter, Deferral):
         except LayoutError as error:
             names = [n.view.cell.name for v in values for n in reads_of(v)]
             raise Unfit(list(dict.fromkeys(names)), str(error), compat.where(eqn)) from None
+        store = found.reads[0].cell.store
+        for read in found.reads:
+            self.saw(read.node)
+        if store.opened is not None and not self.is_open(store, found):
+            self.close(store)
+        for other in {id(r.cell.store): r.cell.store for r in found.reads}.values():
+            other.attended.append(found)
         return self.attention(found)
+
+    def is_open(self, store: Store, found: Attention) -> bool:
+        """Whether an attention reads the rows that the store was opened with."""
+        opened = _found(store.opened)
+        if opened is None:
+            return False
+        writes = [o.write for o in opened.reads]
+        if any(not any(r.write is w for w in writes) for r in found.reads):
+            return False
+        a, b = opened.index, found.index
+        return a is b or (a is not None and b is not None and self.same(a[1], b[1]))
+
+    def saw(self, node: Node) -> None:
+        """Notes the updates of a cache, for attentions that read it before them."""
+        if node.view.writes:
+            node.view.cell.store.views[node.view.cell.name] = node.view
+
+    def written(self, store: Store) -> Attention:
+        """The attention that a store was opened by, with the rows that are to be stored. Raises Unfit."""
+        found = _found(store.opened)
+        assert found is not None
+        if not any(map(_is_later, found.reads)):
+            return found
+        try:
+            return stored(self, found, [_last_view(read) for read in found.reads])
+        except LayoutError as error:
+            raise Unfit(_names(found), str(error), compat.where(found.eqn)) from None
+
+    def attention_over(self, value: Node) -> Attention | None:
+        """The attention of whose rows a value is a reduction; None where it has an axis of tokens, or there is none."""
+        if value.view is not None or value.labels is None:
+            return None
+        nodes = reads_of(value)
+        here = {a for dim in self.axes.labels(value.labels) for a in dim}
+        bases = {a for b in here if b.base is not None for a in self.axes.resolve((b.base,))}
+        for found in nodes[0].view.cell.store.attended if nodes else ():
+            reads = [r.node for r in found.reads]
+            if all(any(n is r for r in reads) for n in nodes) and found.token not in here | bases:
+                return found
+        return None
+
+    def _is_settled(self, values: Sequence[Any]) -> bool:
+        """Whether all that depends on caches is reduced over the tokens, and meets arrays: a deferred denominator."""
+        nodes = [v for v in values if is_rooted(v)]
+        meets = any(not is_node(v) and not is_packed(v) and np.ndim(v) for v in values)
+        return bool(meets and nodes) and all(self.attention_over(v) is not None for v in nodes)
 
     def array(self, value: Any, eqn: compat.Eqn | None = None, reason: str = "") -> Any:
         """A deferred value, computed; a packed one, decoded."""
@@ -120,8 +198,11 @@ class CacheRun(Interpreter, Deferral):
         known = self.scopes[-1].get(id(value))
         if known is not None:
             return known[1]
+        found = self.attention_over(value)
         if value.view is not None:
             out = self.view_array(value, eqn, reason)
+        elif found is not None:
+            out = self.reduced(found, value)
         else:
             assert value.eqn is not None
             inputs = [self.array(v, eqn, reason) for v in value.inputs]
@@ -146,7 +227,7 @@ class CacheRun(Interpreter, Deferral):
         return all(self.same(v, w) for v, w in zip(p.inputs, q.inputs))
 
     def made_by(self, x: Any) -> Node | None:
-        """The equation that made an index, deferred or run."""
+        """The equation that made an index, or what was made of indices, deferred or run."""
         if is_node(x):
             return x if x.eqn is not None else None
         return self.origin[id(x)][1] if id(x) in self.origin else None
@@ -171,10 +252,11 @@ class CacheRun(Interpreter, Deferral):
             if is_rooted(value) and value.view is not None:
                 self.refuse_at(value, f"a part of it is a result of {where}")
             return None
-        opened = cell.store.opened
-        found = opened if opened is None or isinstance(opened, Attention) else opened.found
+        self.saw(value)
+        found = _found(cell.store.opened)
         for read in () if found is None else found.reads:
-            if read.cell is cell and read.write not in value.view.writes:
+            later = read.write is None or read.write.kind == "grow"
+            if read.cell is cell and read.write not in value.view.writes and not later:
                 raise Unfit(
                     [cell.name], f"{where} returns it updated otherwise than attention reads it"
                 )
@@ -197,11 +279,14 @@ class CacheRun(Interpreter, Deferral):
     def enter(self, stores: Sequence[Store], arrays: Any) -> None:
         self.scopes.append({})
         for store, state in zip(stores, arrays):
-            store.arrays, store.opened = state, None
+            store.shut()
+            store.arrays = state
 
-    def leave(self, stores: Sequence[Store]) -> list[Any]:
-        for store in stores:
+    def leave(self, stores: Sequence[Store], store_rows: bool = True) -> list[Any]:
+        for store in stores if store_rows else ():
             self.close(store)
+        for store in stores:
+            store.shut()
         self.scopes.pop()
         return [store.arrays for store in stores]
 
@@ -227,7 +312,7 @@ class CacheRun(Interpreter, Deferral):
         before = [store.arrays for store in stores]
         slots = [i for i, v in enumerate(values) if not is_node(v)]
         found: list[list[Cell | None]] = []
-        touched: list[list[bool]] = []
+        touched: list[list[Any]] = []
 
         def function(body: Any, arrays: Any, states: Any) -> Any:
             self.enter(stores, states)
@@ -236,8 +321,8 @@ class CacheRun(Interpreter, Deferral):
                 mine[i] = x
             out, cells = self.results(eqn, self.run(body, mine))
             found.append(cells)
-            touched.append([store.opened is not None for store in stores])
-            return out, self.leave(stores)
+            touched.append([store.opened for store in stores])
+            return out, self.leave(stores, store_rows=id(eqn) not in self.postponed)
 
         functions = [functools.partial(function, body) for body in bodies]
         out, states = call(functions, [values[i] for i in slots], before)
@@ -245,18 +330,62 @@ class CacheRun(Interpreter, Deferral):
             self.refuse(
                 next(v for v in values if is_rooted(v)), eqn, "the branches return different caches"
             )
-        pending = any(w is not DONE for v in values for n in reads_of(v) for w in n.view.writes)
-        if pending and any(flags != touched[0] for flags in touched):
-            self.refuse(
-                next(v for v in values if is_rooted(v)), eqn, "only some branches attend to it"
-            )
         for store, state in zip(stores, states):
-            store.arrays, store.opened = state, None
+            store.shut()
+            store.arrays = state
+        self._postpone(eqn, values, stores, touched, found[0])
         return [c.node((DONE,)) if c is not None else x for x, c in zip(out, found[0])]
+
+    def _postpone(
+        self, eqn: compat.Eqn, values: list[Any], stores: Any, touched: Any, cells: Any
+    ) -> None:
+        """Where only some branches attend to rows that were written before, those are stored after all of them."""
+        views = [n.view for v in values for n in reads_of(v)]
+        written = [w for view in views for w in view.writes if w is not DONE]
+        flags = [[opened is not None for opened in branch] for branch in touched]
+        if not written or all(f == flags[0] for f in flags):
+            return
+        for store, openings in zip(stores, zip(*touched)):
+            found = next((_found(opened) for opened in openings if opened is not None), None)
+            if found is None:
+                continue
+            before = all(any(r.write is w for w in written) for r in found.reads)
+            if not before or found.index is not None or any(c is not None for c in cells):
+                self.refuse_at(found.weights, "only some branches attend to it", compat.where(eqn))
+            self.postponed.add(id(eqn))
+            store.opened = self.postpone(store, found)
 
     def stores_of(self, values: Sequence[Any]) -> list[Store]:
         found = {id(n.view.cell.store): n.view.cell.store for v in values for n in reads_of(v)}
         return list(found.values())
+
+
+def _found(opened: Any) -> Attention | None:
+    return opened if opened is None or isinstance(opened, Attention) else opened.found
+
+
+def _names(found: Attention) -> list[str]:
+    return list(dict.fromkeys(read.cell.name for read in found.reads))
+
+
+def _last_view(read: Read) -> View | None:
+    return read.cell.store.views.get(read.cell.name)
+
+
+def _is_later(read: Read) -> bool:
+    """Whether what is stored is written after the attention has read."""
+    if read.write is None:
+        return True
+    view = _last_view(read)
+    return read.write.kind == "grow" and view is not None and read.write not in view.writes
+
+
+_TRACED = (*LAYOUT, "sub", "convert_element_type")  # of masks that were summed over rows
+
+
+def _are_indices(atoms: Sequence[Any]) -> bool:
+    """Whether all are integers or truth values."""
+    return all(_is_index(atom.aval) for atom in atoms)
 
 
 def _is_index(aval: Any) -> bool:
@@ -384,7 +513,8 @@ class _Loop:
 
     def finish(self, stores: list[Store], states: Any) -> None:
         for store, state in zip(stores, states):
-            store.arrays, store.opened = state, None
+            store.shut()
+            store.arrays = state
 
 
 def _stores(cells: Sequence[Cell | None]) -> list[Store]:

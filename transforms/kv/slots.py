@@ -106,9 +106,10 @@ def working(
         mine = arrays["head"] == jnp.arange(k, dtype=jnp.int8)[:, None]
         n = arrays["sinks_at"].size
         live = live.at[:, n : n + mine.shape[1]].set(live[:, n : n + mine.shape[1]] & mine)
-    live = jnp.concatenate([live, jnp.broadcast_to(at < group.length, (k, at.size))], axis=1)
+    length = group.length + (at.size if how == "behind" else 0)
+    live = jnp.concatenate([live, jnp.broadcast_to(at < length, (k, at.size))], axis=1)
     positions = jnp.concatenate([before, jnp.broadcast_to(at, (k, at.size))], axis=1)
-    return rows, jnp.clip(positions, 0, group.length - 1), live
+    return rows, jnp.clip(positions, 0, length - 1), live
 
 
 def absorb(

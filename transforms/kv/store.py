@@ -144,13 +144,16 @@ def working(
 
     def one(a: Any, n: Any, p: Any) -> Any:
         kept = direct.rows(method, group, a)
+        if how == "behind":
+            return [jnp.concatenate([x[:, : group.length], y], axis=1) for x, y in zip(kept, n)]
         if group.grows:
             extra = group.length + n[0].shape[1] - kept[0].shape[1]
             kept = [jnp.pad(x, ((0, 0), (0, max(0, extra)), (0, 0))) for x in kept]
         return direct.place(kept, n, p, how)
 
     placed = jax.vmap(one, (0, 0, batched))(arrays, new, at)
-    length = group.length + (new[0].shape[2] if group.grows else 0)
+    longer = group.grows or how == "behind"
+    length = group.length + (new[0].shape[2] if longer else 0)
     rows = [x[:, :, :length] for x in placed]
     return Working(rows, None, None, new, at, how)
 

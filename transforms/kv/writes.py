@@ -1,7 +1,7 @@
 """How a program updates a cache: which rows, at which positions.
 
 `dynamic_update_slice`, scatters (`.at[].set`, a vmapped update, positions for each row of the batch), concatenation
-(a cache that grows, one that rolls) and one-hot selection all become a `Write`.
+(a cache that grows, one that rolls) all become a `Write`; so do one-hot updates (`onehot.py`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from stowax.pallas_kernels.codecs import LayoutError
 from ..core import compat
 from .axes import Atom
 from .defer import Deferral, labels_of, literal, make
-from .evaluate import Along, along, concrete, coords_in
-from .expr import Node, View, Write, is_node, is_rooted, shape_of, walk
+from .evaluate import concrete
+from .expr import Node, View, Write, is_node, is_rooted, shape_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,13 +29,13 @@ class Positions:
 
     Attributes:
       source: the index array, and what of it is meant, for comparing two updates.
-      batched: a row of positions for each row of the batch.
+      along: the dimension of the cache that has a row of positions for each entry (the batch); empty for none.
       contiguous: they are a start and the rows after it.
       drops: rows outside the cache are dropped; otherwise the window is moved inside.
     """
 
     source: tuple[Any, ...]
-    batched: bool
+    along: tuple[int, ...]
     contiguous: bool
     drops: bool
     compute: Any
@@ -51,8 +51,10 @@ def view_of(x: Node) -> View:
     return x.view
 
 
-def _written(eqn: compat.Eqn, values: Any, x: Node, write: Write, labels: Any = None) -> Node:
+def written(eqn: compat.Eqn, values: Any, x: Node, write: Write, labels: Any = None) -> Node:
     view = view_of(x)
+    if view.turned is not None:
+        return _filled(eqn, values, x, write, view.turned)
     view = dataclasses.replace(view, writes=(*view.writes, write))
     return make(eqn, values, 0, labels or x.labels, view)
 
@@ -67,8 +69,8 @@ def updated(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Node:
     where = [
         None if n == whole else start for n, whole, start in zip(shape_of(update), x.shape, starts)
     ]
-    write = Write("rows", labels_of(x), update, tuple(where), view_of(x))
-    return _written(eqn, values, x, write)
+    write = Write("rows", labels_of(x), update, shape_of(update), tuple(where), view_of(x))
+    return written(eqn, values, x, write)
 
 
 def _written_back(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Node:
@@ -109,6 +111,10 @@ def scattered(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Node:
     index_axis = dict(enumerate(batch_axes))  # axis of the indices -> axis of the updates
     if is_rooted(update):
         return _scattered_back(run, eqn, values, columns, window)
+    from .paged import page_written
+
+    if (found := page_written(run, eqn, values)) is not None:
+        return found
 
     source: dict[int, int | None] = {}  # dim of x -> axis of the update
     taken: dict[int, int] = {}  # axis of the indices -> dim of x that it runs along
@@ -123,7 +129,7 @@ def scattered(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Node:
             source[dim] = window_axis[dim]
             continue
         column = columns.get(dim)
-        axis = None if column is None else _runs_along(indices, column, x.shape[dim], index_shape)
+        axis = None if column is None else runs_along(indices, column, x.shape[dim], index_shape)
         if axis is not None and dim in d.inserted_window_dims:
             source[dim], taken[axis] = index_axis[axis], dim
         elif token is None:
@@ -162,10 +168,15 @@ def scattered(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Node:
 
     where: list[Any] = [None] * x.ndim
     where[token] = Positions(
-        (indices, column, tuple(order), rows), bool(batch), not free, drops, positions
+        (indices, column, tuple(order), rows),
+        tuple(taken[a] for a in batch),
+        not free,
+        drops,
+        positions,
     )
-    write = Write("rows", labels_of(x), value, tuple(where), view_of(x))
-    return _written(eqn, values, x, write)
+    sizes = [1 if s is None else shape_of(update)[s] for s in map(source.get, range(x.ndim))]
+    write = Write("rows", labels_of(x), value, tuple(sizes), tuple(where), view_of(x))
+    return written(eqn, values, x, write)
 
 
 def _scattered_back(run: Any, eqn: Any, values: Any, columns: dict[int, int], window: Any) -> Node:
@@ -198,7 +209,7 @@ def _column(indices: Any, column: int) -> Any:
     return Scalar(indices)
 
 
-def _runs_along(indices: Any, column: int, size: int, shape: tuple[int, ...]) -> int | None:
+def runs_along(indices: Any, column: int, size: int, shape: tuple[int, ...]) -> int | None:
     """The axis of the index array along which a column counts 0, 1, ... `size` - 1."""
     if is_node(indices) and indices.op == "concatenate":
         parts, at = [], 0
@@ -238,81 +249,76 @@ def concatenated(run: Deferral, eqn: compat.Eqn, values: list[Any], axis: int) -
             raise LayoutError("it is shifted by another length than it grows by")
         labels[axis] = (sub.parent,)
         rest = dataclasses.replace(view, subs=tuple(s for s in view.subs if s is not sub))
-        write = Write("roll", tuple(labels), values[1], starts, rest)
+        write = Write("roll", tuple(labels), values[1], shape_of(values[1]), starts, rest)
         done = dataclasses.replace(rest, writes=(*rest.writes, write))
         return make(eqn, values, 0, tuple(labels), done)
-    grown = Atom(x.shape[axis] + rows)
+    grown = Atom(x.shape[axis] + rows, parent=dim[0] if dim else None)
     labels[axis] = (grown,)
-    write = Write("grow", tuple(labels), values[1], starts, view, grown)
-    return _written(eqn, values, x, write, tuple(labels))
+    write = Write("grow", tuple(labels), values[1], shape_of(values[1]), starts, view, grown)
+    return written(eqn, values, x, write, tuple(labels))
 
 
-def one_hot(run: Deferral, eqn: compat.Eqn, values: Any) -> Node | None:
-    """``where(arange(S) == i, new, cache)``, and ``cache * (1 - hot) + hot * new``."""
-    x: Any
-    mask: Any
-    new: Any
-    if eqn.primitive.name == "select_n":
-        mask, x, new = (*values, None)[:3]
-    else:
-        product = next((v for v in values if is_rooted(v) and v.op == "mul"), None)
-        new = next((v for v in values if not is_rooted(v)), None)
-        if product is None or new is None:
-            return None
-        x = next((v for v in product.inputs if is_rooted(v)), None)
-        mask = next((v for v in product.inputs if not is_rooted(v)), None)
-        if _equality(mask) is None or not run.same(_equality(mask), _equality(new)):
-            return None
-    if not is_rooted(x) or x.view is None or is_rooted(new) or not is_node(mask):
+def turned(run: Deferral, eqn: compat.Eqn, values: list[Any], axis: int) -> Node | None:
+    """``concat([cache[n:], cache[:n]])``: a rotation, of which a write of n rows at the end makes a rolling buffer."""
+    if len(values) != 2 or not all(is_rooted(v) and v.view is not None for v in values):
         return None
-    if is_rooted(mask):
+    pieces = [_piece(v, axis) for v in values]
+    if any(p is None for p in pieces):
         return None
-    found = _hot_axis(mask, x)
-    if found is None:
+    (high, by, above, rest), (low, start, size, other) = pieces  # pyright: ignore
+    if high is not low or (start, size) != (0, by) or by + above != high.size:
         return None
-    dim, index, batched = found
-
-    def positions() -> jax.Array:
-        at = run.array(index).reshape(-1).astype(jnp.int32)
-        return at[:, None] if batched else at[:1]
-
-    def value() -> jax.Array:
-        rows = jnp.broadcast_to(run.array(new), x.shape)
-        at = positions()
-        at = at.reshape([-1 if batched and i == 0 else 1 for i in range(x.ndim)])
-        return jnp.take_along_axis(rows, jnp.clip(at, 0, x.shape[dim] - 1), axis=dim)
-
-    where: list[Any] = [None] * x.ndim
-    where[dim] = Positions((index, dim), batched, True, True, positions)
-    write = Write("rows", labels_of(x), value, tuple(where), view_of(x))
-    return _written(eqn, values, x, write)
-
-
-def _equality(mask: Any) -> Node | None:
-    """The one comparison that a 0/1 mask comes from."""
-    found = [n for n in walk(mask) if n.op == "eq"] if is_node(mask) else []
-    return found[0] if len(found) == 1 else None
-
-
-def _hot_axis(mask: Node, x: Node) -> tuple[int, Any, bool] | None:
-    """For a mask of ``iota == index``: the dimension of `x` that the iota counts, and the index."""
-    eq = _equality(mask)
-    coords = [along(i, n, x.ndim) for i, n in enumerate(x.shape)]
-    where = None if eq is None or mask.ndim != x.ndim else coords_in(mask, coords, eq, x.ndim)
-    if eq is None or where is None:
+    if not _same_view(rest, other):
         return None
-    for side in (0, 1):
-        counted, index = concrete(eq.inputs[side]), eq.inputs[1 - side]
-        if counted is None or counted.size == 1:
-            continue
-        for axis, n in enumerate(counted.shape):
-            count = np.arange(n).reshape([-1 if i == axis else 1 for i in range(counted.ndim)])
-            dim = where[axis]
-            if n == 1 or not np.array_equal(counted, np.broadcast_to(count, counted.shape)):
-                continue
-            if not isinstance(dim, Along) or dim.size != n:
-                continue
-            while is_node(index) and index.op == "broadcast_in_dim":
-                index = index.inputs[0]
-            return dim.dim, index, int(np.prod(shape_of(index))) > 1
+    labels = list(labels_of(values[0]))
+    labels[axis] = (Atom(high.size),)
+    view = dataclasses.replace(rest, turned=(high, by))
+    return make(eqn, values, 0, tuple(labels), view)
+
+
+def _piece(x: Node, axis: int) -> tuple[Atom, int, int, View] | None:
+    """The axis of which a slice was taken, its start and size, and the view without it."""
+    view = view_of(x)
+    for sub in view.subs:
+        if labels_of(x)[axis] == (sub,) and sub.parent is not None:
+            rest = tuple(s for s in view.subs if s is not sub)
+            return sub.parent, sub.start, sub.size, dataclasses.replace(view, subs=rest)
+    if view.fixed and x.shape[axis] == 1 and (start := literal(view.fixed[-1][1])) is not None:
+        rest = dataclasses.replace(view, fixed=view.fixed[:-1])
+        return view.fixed[-1][0], start, 1, rest
     return None
+
+
+def _same_view(a: View, b: View) -> bool:
+    alike = lambda x, y: len(x) == len(y) and all(p is q for p, q in zip(x, y))
+    fixed = [tuple(p for pair in v.fixed for p in pair) for v in (a, b)]
+    return (
+        a.cell is b.cell and alike(a.subs, b.subs) and alike(a.writes, b.writes) and alike(*fixed)
+    )
+
+
+def _filled(eqn: compat.Eqn, values: Any, x: Node, write: Write, turn: tuple[Atom, int]) -> Node:
+    """New rows in the place of those that a rotation brought from the beginning to the end."""
+    view, (parent, by) = view_of(x), turn
+    dims = [i for i, s in enumerate(write.starts) if s is not None]
+    at = _constant(write.starts[dims[0]]) if len(dims) == 1 else None
+    fits = at == parent.size - by and x.shape[dims[0]] == parent.size
+    if write.kind != "rows" or not fits or write.sizes[dims[0]] != by:
+        raise LayoutError(f"it is rolled by {by} rows, and other rows than those are written")
+    labels = list(labels_of(x))
+    labels[dims[0]] = (parent,)
+    starts = tuple(by if i == dims[0] else None for i in range(x.ndim))
+    view = dataclasses.replace(view, turned=None)
+    write = Write("roll", tuple(labels), write.value, write.sizes, starts, view)
+    view = dataclasses.replace(view, writes=(*view.writes, write))
+    return make(eqn, values, 0, tuple(labels), view)
+
+
+def _constant(start: Any) -> int | None:
+    """Where rows are written, if it is known and the same for the whole batch."""
+    if isinstance(start, Positions):
+        value = concrete(start.source[0])
+        known = value is not None and value.ndim == 1 and start.contiguous
+        return int(value[start.source[1]]) if value is not None and known else None
+    value = concrete(start)
+    return int(value) if value is not None and value.ndim == 0 else None
