@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-Implementation = Callable[..., jax.Array]  # of a pytree of operands, and static options
+Implementation = Callable[..., Any]  # of a pytree of operands, and static options
 
 
 class Op:
@@ -35,10 +35,11 @@ class Op:
         name: str,
         default: Implementation,
         on: dict[str, Implementation],
-        batch: Callable[..., jax.Array],
+        batch: Callable[..., Any],
     ):
         self.name, self.default, self.batch = name, default, batch
         self.primitive = p = Primitive(name)
+        p.multiple_results = True
         p.def_abstract_eval(self._abstract)
         p.def_impl(self._eager)
         batching.primitive_batchers[p] = self._batched
@@ -47,41 +48,48 @@ class Op:
             rule = self._lowering(implementation, platform)
             mlir.register_lowering(p, rule, platform=platform)
 
-    def __call__(self, operands: Any, **options: Any) -> jax.Array:
+    def __call__(self, operands: Any, **options: Any) -> Any:
         bind = functools.partial(self._bind, **options)
         default = functools.partial(self.default, **options)
         call = jax.custom_jvp(bind)
         call.defjvp(lambda x, dx: (bind(*x), jax.jvp(default, x, dx)[1]))
         return call(operands)
 
-    def _bind(self, operands: Any, **options: Any) -> jax.Array:
+    def _bind(self, operands: Any, **options: Any) -> Any:
         leaves, tree = jax.tree.flatten(operands)
-        return self.primitive.bind(*leaves, tree=tree, options=tuple(sorted(options.items())))
+        out = self.primitive.bind(*leaves, tree=tree, options=tuple(sorted(options.items())))
+        shapes = jax.eval_shape(functools.partial(self.default, **options), operands)
+        return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
-    def _abstract(self, *leaves: Any, tree: Any, options: Any) -> Any:
+    def _abstract(self, *leaves: Any, tree: Any, options: Any) -> list[Any]:
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
         run = functools.partial(self.default, **dict(options))
         out = jax.eval_shape(run, jax.tree.unflatten(tree, shapes))
-        return leaves[0].update(shape=out.shape, dtype=out.dtype, weak_type=False)
+        like = leaves[0]
+        return [
+            like.update(shape=x.shape, dtype=x.dtype, weak_type=False) for x in jax.tree.leaves(out)
+        ]
 
-    def _eager(self, *leaves: Any, **params: Any) -> jax.Array:
+    def _eager(self, *leaves: Any, **params: Any) -> list[jax.Array]:
         return jax.jit(functools.partial(self.primitive.bind, **params))(*leaves)
 
     def _batched(
         self, leaves: Sequence[Any], dims: Sequence[Any], *, tree: Any, options: Any
-    ) -> tuple[jax.Array, int]:
+    ) -> tuple[list[jax.Array], list[int]]:
         front = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(leaves, dims)]
         is_batched = [d is not None for d in dims]
         size = next(x.shape[0] for x, b in zip(front, is_batched) if b)
         unflatten = functools.partial(jax.tree.unflatten, tree)
         bind = functools.partial(self._bind, **dict(options))
-        return self.batch(bind, size, unflatten(front), unflatten(is_batched)), 0
+        out = jax.tree.leaves(self.batch(bind, size, unflatten(front), unflatten(is_batched)))
+        return out, [0] * len(out)
 
     def _lowering(self, implementation: Implementation, platform: str | None) -> Any:
-        def run(*leaves: Any, tree: Any, options: Any) -> jax.Array:
-            return implementation(jax.tree.unflatten(tree, leaves), **dict(options))
+        def run(*leaves: Any, tree: Any, options: Any) -> list[jax.Array]:
+            out = implementation(jax.tree.unflatten(tree, leaves), **dict(options))
+            return jax.tree.leaves(out)
 
-        lower = mlir.lower_fun(run, multiple_results=False)
+        lower = mlir.lower_fun(run, multiple_results=True)
         if platform is None:
             return lower
 
@@ -93,14 +101,16 @@ class Op:
         return rule
 
 
-def one_by_one(call: Any, size: int, operands: Any, is_batched: Any) -> jax.Array:
+def one_by_one(call: Any, size: int, operands: Any, is_batched: Any) -> Any:
     """A batching rule: a loop over the entries of the batched operands."""
     leaves, tree = jax.tree.flatten(operands)
     flags = jax.tree.leaves(is_batched)
     rows = [x for x, b in zip(leaves, flags) if b]
 
-    def entry(row: Any) -> jax.Array:
+    def entry(row: Any) -> Any:
         rest = iter(row)
-        return call(jax.tree.unflatten(tree, [next(rest) if b else x for x, b in zip(leaves, flags)]))
+        return call(
+            jax.tree.unflatten(tree, [next(rest) if b else x for x, b in zip(leaves, flags)])
+        )
 
     return jax.lax.map(entry, rows)

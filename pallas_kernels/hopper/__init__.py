@@ -9,6 +9,7 @@ from .fragments import plan_of as plan_of
 from .fragments import refusal as refusal
 from .fragments import terms_of as terms_of
 from .layout import ROWS as ROWS
+from .layout import WGMMA as WGMMA
 from .layout import is_whole as is_whole
 from .layout import load_table as load_table
 from .layout import permute_columns as permute_columns
@@ -16,3 +17,9 @@ from .layout import scale_rows as scale_rows
 from .layout import store_transposed as store_transposed
 from .layout import sync as sync
 from .layout import tiled as tiled
+from .transposed import expand_transposed as expand_transposed
+from .transposed import over_rows as over_rows
+from .transposed import spread_scales as spread_scales
+from .transposed import store_rows as store_rows
+from .transposed import store_weights as store_weights
+from .transposed import zero_shift as zero_shift

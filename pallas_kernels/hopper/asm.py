@@ -34,9 +34,13 @@ def both(x: int) -> int:
     return x | x << 16
 
 
+def thread() -> Value:
+    return gpu.thread_id(gpu.Dimension.x)
+
+
 def lanes() -> tuple[Value, Value, Value]:
     """A thread's warp in its warpgroup, its row of a core matrix, and its place in the quad."""
-    t = arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x))
+    t = arith.index_cast(i32(), thread())
     warp = arith.andi(arith.shrui(t, const(5)), const(3))
     return warp, arith.andi(arith.shrui(t, const(2)), const(7)), arith.andi(t, const(3))
 
@@ -85,3 +89,11 @@ def array(registers: Any, layout: Any, shape: tuple[int, ...]) -> mgpu.Fragmente
     layout = layout.to_mgpu()
     registers = registers.reshape(layout.registers_shape(shape))
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def extract(x: Value, i: int) -> Value:
+    return vector.extract(x, dynamic_position=[], static_position=[i])
+
+
+def vector_of(kind: ir.Type, values: list[Value]) -> Value:
+    return vector.from_elements(kind, values)

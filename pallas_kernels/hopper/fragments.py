@@ -1,8 +1,8 @@
 """Packed codes as register operands of WGMMA.
 
 Two codes at a time become two 16-bit floats in a register. An integer is put into the mantissa of a power of two, by
-one logical operation, and what is too much is subtracted: exact, and without a conversion. Codes of several planes are put
-together on the way.
+one logical operation, and what is too much is subtracted: exact, and without a conversion. Codes of several planes are
+put together on the way.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .layout import ROW, ROWS, WGMMA, tiled
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """Where some bits of a code are: in the bytes of `stream`, from bit `shift` on; they count from bit `up` of the code."""
+    """Some bits of a code: in the bytes of `stream`, from bit `shift` on; they count from bit `up` of the code."""
 
     stream: int
     shift: int
@@ -120,8 +120,8 @@ def magic_bits(dtype: Any) -> int:
 def terms_of(plan: Plan, tables: Sequence[jax.Array], dtype: Any) -> tuple[jax.Array, ...]:
     """What `expand` wants of a piece's table entries: scale, or base, scale and rest.
 
-    ``(code - zero) * scale = (code - base) * scale + rest`` with an integer base, so that nothing is lost where zeros are
-    integers, and next to nothing where they are not.
+    ``(code - zero) * scale = (code - base) * scale + rest`` with an integer base, so that nothing is lost where zeros
+    are integers, and next to nothing where they are not.
     """
     scale = tables[0].astype(jnp.float32)
     if not plan.has_zero:
@@ -143,7 +143,7 @@ def expand(
     row_bytes: int,
     interpret: bool,
 ) -> list[jax.Array]:
-    """64 bytes of every stream as A operands ``[64, 64]``, one for each piece, columns in the order of `permute_columns`.
+    """64 bytes of every stream as A operands ``[64, 64]``, one for each piece, columns as `permute_columns` has them.
 
     Args:
       codes: a tile ``uint8[64, row_bytes]`` of each stream in shared memory.
@@ -164,7 +164,7 @@ def expand(
         words = _load_words(refs, half, row_bytes)
         pick = lambda v: asm.doubled(v, 0 if ir.VectorType(v.type).shape[0] == 1 else half)
         pairs = [[pick(v) for v in t.registers.flat] for t in flat]
-        maker = _MAKERS[plan.kind](plan, jnp.dtype(dtype))
+        maker = MAKERS[plan.kind](plan, jnp.dtype(dtype))
         registers = maker(words, jax.tree.unflatten(tree, pairs))
         return [asm.array(r, WGMMA, (ROWS, 64)) for r in registers]
 
@@ -214,9 +214,7 @@ class _Maker:
 
     def pairs(self, words: list[Any]) -> list[list[Any]]:
         """For each piece the levels of bytes 0 and 2, and of bytes 1 and 3, of the words of a thread."""
-        return [
-            [self.pair(words, fields, o) for o in range(2)] for fields in self.plan.fields
-        ]
+        return [[self.pair(words, fields, o) for o in range(2)] for fields in self.plan.fields]
 
     def pair(self, words: list[Any], fields: tuple[Field, ...], o: int) -> Any:
         raise NotImplementedError
@@ -306,15 +304,13 @@ class _Levels(_Maker):
         for part in range(2):
             take = lambda x, part=part: arith.shrui(x, asm.const(16)) if part else x
             i, u = take(index), take(upper)
-            low, high = (
-                permute(permute(t[0], t[1], i), permute(t[2], t[3], i), u) for t in tables
-            )
+            low, high = (permute(permute(t[0], t[1], i), permute(t[2], t[3], i), u) for t in tables)
             nibbles += [permute(low, high, asm.const(s)) for s in (0x5140, 0x7362)]
         both = lambda i, s: permute(nibbles[i], nibbles[i + 2], asm.const(s))
         return [[both(0, s), both(1, s)] for s in (0x5410, 0x7632)]
 
 
-_MAKERS = {"int": _Ints, "float": _Floats, "levels": _Levels}
+MAKERS = {"int": _Ints, "float": _Floats, "levels": _Levels}
 
 
 def _expanded(
@@ -336,7 +332,7 @@ def _expanded(
     streams, out = [ordered(c).astype(jnp.int32) for c in codes], []
     for fields, own in zip(plan.fields, terms):
         code = sum(((streams[f.stream] >> f.shift) & (2**f.width - 1)) << f.up for f in fields)
-        level = _level(jnp.asarray(code), plan)
+        level = level_of(jnp.asarray(code), plan)
         columns = [column(t) for t in own]
         if plan.has_zero and columns:
             base, scale, rest = columns
@@ -348,7 +344,7 @@ def _expanded(
     return out
 
 
-def _level(code: jax.Array, plan: Plan) -> jax.Array:
+def level_of(code: jax.Array, plan: Plan) -> jax.Array:
     if plan.kind == "levels":
         hot = (code[..., None] == jnp.arange(16)).astype(jnp.float32)
         return sum(hot[..., i] * float(v) for i, v in enumerate(LEVELS))  # pyright: ignore

@@ -1,9 +1,9 @@
 """Tiles in shared memory, tables of scales in registers, the order of columns, and results.
 
-A warpgroup multiplies ``[64, k]`` fragments: thread (warp, g, q) holds rows ``16 warp + g`` and 8 below, and of every 16
-columns 2 q, 2 q + 1, 2 q + 8, 2 q + 9. Codes lie in shared memory as they lie in the file, rows of `row_bytes` bytes, swizzled.
-Each thread takes 16 contiguous bytes of its rows out of every 64, and a contraction does not care for the order of its
-columns: so the other operand is put into that order (`permute_columns`) instead of the codes.
+A warpgroup multiplies ``[64, k]`` fragments: thread (warp, g, q) holds rows ``16 warp + g`` and 8 below, and of every
+16 columns 2 q, 2 q + 1, 2 q + 8, 2 q + 9. Codes lie in shared memory as they lie in the file, rows of `row_bytes` bytes,
+swizzled. Each thread takes 16 contiguous bytes of its rows out of every 64, and a contraction does not care for the order
+of its columns: so the other operand is put into that order (`permute_columns`) instead of the codes.
 """
 
 from __future__ import annotations
@@ -63,19 +63,23 @@ def is_whole(group: int, piece: int, row_bytes: int, n_groups: int) -> bool:
     return n_groups == 1 or (group % row_bytes == 0 and piece % row_bytes == 0)
 
 
-def load_table(ref: Any, row: Any, column: Any, group: int, whole: bool, interpret: bool) -> Any:
-    """What a table ``[N, n_groups]`` has for 64 rows from `row` and the codes from `column` on.
+def load_table(
+    ref: Any, n_groups: int, row: Any, column: Any, group: int, whole: bool, interpret: bool
+) -> Any:
+    """What a table ``[N, n_groups]``, or such a one flat, has for 64 rows from `row` and the codes from `column` on.
 
     Returns:
-      ``[64]`` where all codes of the stage are in one group; else ``[64, 8]``, entry ``2 q + h`` for byte 16 q of the h-th 64 bytes.
+      ``[64]`` where all codes of the stage are in one group; else ``[64, 8]``, entry ``2 q + h`` for byte 16 q of the
+      h-th 64 bytes.
     """
-    n_groups = ref.shape[1]
     index = lambda c: jnp.minimum(c // group, n_groups - 1)
-    if interpret and whole:
-        return ref[pl.ds(row, ROWS), index(column)]
     if interpret:
-        at = [index(column + 64 * (c % 2) + 16 * (c // 2)) for c in range(8)]
-        return jnp.stack([ref[pl.ds(row, ROWS), i] for i in at], axis=1)
+        flat = len(ref.shape) == 1
+        rows = ref[pl.ds(row * n_groups, ROWS * n_groups)] if flat else ref[pl.ds(row, ROWS), :]
+        take = lambda i: jnp.take(rows.reshape(ROWS, n_groups), i, axis=1)
+        if whole:
+            return take(index(column))
+        return jnp.stack([take(index(column + 64 * (c % 2) + 16 * (c // 2))) for c in range(8)], 1)
     shape, layout = ((ROWS,), ROW) if whole else ((ROWS, 8), WGMMA)
 
     @plgpu.inline_mgpu(

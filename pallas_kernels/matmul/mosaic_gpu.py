@@ -1,9 +1,9 @@
 """Weight-only matmul on Hopper: packed weights are the register operand of WGMMA, activations the one in shared memory.
 
 ``out.T = w @ x.T``: a warpgroup multiplies 64 rows of the weight, of which it makes 16-bit floats in its registers
-(`hopper.fragments`), with `block_m` rows of x. A stage of the ring is `row_bytes` bytes of codes of each row and the columns of
-x that belong to them, one bulk copy each. Warpgroups of a block take different rows and share x (`rows`), or different
-parts of K (`split`); blocks may split K as well (`grid_k`), and their sums are added by XLA.
+(`hopper.fragments`), with `block_m` rows of x. A stage of the ring is `row_bytes` bytes of codes of each row and the
+columns of x that belong to them, one bulk copy each. Warpgroups of a block take different rows and share x (`rows`), or
+different parts of K (`split`); blocks may split K as well (`grid_k`), and their sums are added by XLA.
 """
 
 from __future__ import annotations
@@ -118,11 +118,11 @@ class _Problem:
 
     @property
     def scales_sums(self) -> bool:
-        """Whether sums over a stage are scaled, not the weights: fewer operations where sums are few, and more exact."""
+        """Whether sums over a stage are scaled, not the weights: fewer operations for few sums, and more exact."""
         return self.config.block_m <= 16 and self.whole and not self.plan.has_zero
 
     def __call__(self, x: jax.Array, codes: jax.Array, tables: list[jax.Array]) -> jax.Array:
-        c, plan = self.config, self.plan
+        c = self.config
         rows_m, splits = pl.cdiv(self.m, c.block_m), self.batch * c.grid_k
         out_m = self.m
         if self.interpret:  # the interpreter does not read or write outside of an array
@@ -163,7 +163,9 @@ class _Problem:
                 transforms=tile(jnp.uint8, c.row_bytes),
             ),
             "x": plgpu.SMEM(
-                (*ring, plan.pieces, c.block_m, c.row_bytes), self.dtype, transforms=tile(self.dtype)
+                (*ring, plan.pieces, c.block_m, c.row_bytes),
+                self.dtype,
+                transforms=tile(self.dtype),
             ),
             "full": plgpu.Barrier(num_arrivals=1 + plan.streams, num_barriers=slots),
         }
@@ -248,7 +250,10 @@ class _Warpgroup:
         """Starts the copies of a stage."""
         p, c, plan = self.p, self.c, self.body.plan
         slot, offset = lax.rem(i, c.stages), (self.first + i) * c.row_bytes
-        full, rows = self.barrier("full", slot), pl.ds(self.entry * p.n + self.column, ROWS * c.rows)
+        full, rows = (
+            self.barrier("full", slot),
+            pl.ds(self.entry * p.n + self.column, ROWS * c.rows),
+        )
         for stream in range(plan.streams):
             columns = pl.ds(stream * p.piece + offset, c.row_bytes)
             to = self.scratch["codes"].at[self.part, slot, stream]
@@ -294,7 +299,7 @@ class _Warpgroup:
         row = self.entry * p.n + self.column + self.sub * ROWS
         start = (self.first + i) * c.row_bytes
         load = lambda table, at: hopper.load_table(
-            table, row, at, p.group, p.whole, self.interpret
+            table, p.n_groups, row, at, p.group, p.whole, self.interpret
         )
         return [
             [load(table, piece * p.piece + start) for table in self.tables]

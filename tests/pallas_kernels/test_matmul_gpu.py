@@ -103,7 +103,9 @@ def test_every_shape_gets_blocks_that_fit(spec):
             assert mosaic_gpu.shared_bytes(c, plan) <= tuned.SHARED_BYTES
             assert 64 * c.rows <= n
             assert c.block_m % 8 == 0
-            assert c.grid_k * c.split * c.row_bytes <= 2 * max(k // plan.pieces, c.row_bytes * c.split)
+            assert c.grid_k * c.split * c.row_bytes <= 2 * max(
+                k // plan.pieces, c.row_bytes * c.split
+            )
 
 
 def test_columns_are_permuted_as_codes_are_taken():
@@ -148,9 +150,12 @@ def test_a_program_runs_here_and_holds_the_kernel_for_cuda(what, monkeypatch):
         run, args = jax.grad(loss), (x, w)
     elif what == "shard_map":
         mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
-        run, args = jax.shard_map(
-            matmul, mesh=mesh, in_specs=(P("i"), P()), out_specs=P("i"), check_vma=False
-        ), (x, w)
+        run, args = (
+            jax.shard_map(
+                matmul, mesh=mesh, in_specs=(P("i"), P()), out_specs=P("i"), check_vma=False
+            ),
+            (x, w),
+        )
     else:
         run, args = matmul, (x, w)
     traced = jax.jit(run).trace(*args)
@@ -158,9 +163,13 @@ def test_a_program_runs_here_and_holds_the_kernel_for_cuda(what, monkeypatch):
     assert "mosaic_gpu" not in here
     assert "mosaic_gpu" in there
     with monkeypatch.context() as m:
-        m.setattr(dispatch, "PACKED_MATMUL", lambda operands, choose, **o: xla.matmul(*operands, **o))
+        m.setattr(
+            dispatch, "PACKED_MATMUL", lambda operands, choose, **o: xla.matmul(*operands, **o)
+        )
         want = jax.jit(lambda *a: run(*a))(*args)
-    np.testing.assert_allclose(jax.jit(run)(*args).astype(jnp.float32), want.astype(jnp.float32), rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(
+        jax.jit(run)(*args).astype(jnp.float32), want.astype(jnp.float32), rtol=1e-2, atol=1e-2
+    )
 
 
 def test_an_exported_program_picks_its_kernel_where_it_runs():

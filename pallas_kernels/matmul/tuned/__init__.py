@@ -39,7 +39,9 @@ def config(plan: Plan, m: int, n: int, k: int, device: str = "hopper") -> Config
 
 
 def _fitting(config: Config, plan: Plan, piece: int) -> Config:
-    if piece % config.row_bytes or plan.streams > 1:  # more codes a stage: keep room for a second block
+    if (
+        piece % config.row_bytes or plan.streams > 1
+    ):  # more codes a stage: keep room for a second block
         config = dataclasses.replace(config, row_bytes=64)
     while shared_bytes(config, plan) > SHARED_BYTES:
         if config.row_bytes == 128:

@@ -1,0 +1,69 @@
+"""Attention of one new token to a packed cache.
+
+Letters: ``B`` batch, ``N`` query heads, ``K`` heads of the cache, ``S`` tokens of the cache, ``H`` elements of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import dispatch
+from .dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
+from .rows import Rows as Rows
+from .rows import pack_rows as pack_rows
+
+
+def decode_attention(
+    q: jax.Array,
+    keys: Rows,
+    values: Rows,
+    lengths: jax.Array,
+    *,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    window: int | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """``softmax(scale * q @ keys.T) @ values`` over the first `lengths` tokens of each row of the batch.
+
+    Args:
+      q: ``[B, N, H]``, float; N a multiple of the cache's K heads.
+      keys, values: packed ``[B, K, S, H]``; see `pack_rows`.
+      lengths: ``int32[B]``: tokens that are there, 0 to S.
+      scale: of the scores; None is ``H ** -0.5``.
+      soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``.
+      window: only the last `window` tokens are seen.
+      implementation: one of `IMPLEMENTATIONS`, or None for the best that this backend has for these shapes.
+
+    Returns:
+      The output ``[B, N, H]`` of q's dtype, and the logarithm of the softmax's denominator ``f32[B, N]`` (natural;
+      -inf where no token is seen, and there the output is 0): what is needed to join it with attention to other rows.
+
+    Raises:
+      ValueError: for shapes that do not fit, or an unknown `implementation`.
+      NotImplementedError: where the named implementation can't take these operands, with the reason.
+    """
+    b, n, h = q.shape
+    want = (b, keys.heads, keys.tokens, h)
+    if keys.shape != want or values.shape != want or n % keys.heads:
+        raise ValueError(
+            f"`q` {q.shape}, `keys` {keys.shape} and `values` {values.shape} do not fit: expected [B, N, H] and twice "
+            "[B, K, S, H], N a multiple of K"
+        )
+    if lengths.shape != (b,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(f"`lengths` is {lengths.dtype}{list(lengths.shape)}; expected int32[{b}]")
+    if window is not None and window < 1:
+        raise ValueError(f"`window` is {window}; expected at least 1 token, or None")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"`soft_cap` is {soft_cap}; expected a positive number, or None")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"`implementation` is {implementation!r}; expected one of {sorted(IMPLEMENTATIONS)} or None"
+        )
+    scale = 1 / math.sqrt(h) if scale is None else scale
+    options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "window": window}
+    return dispatch.run(q, keys, values, lengths, options, implementation)

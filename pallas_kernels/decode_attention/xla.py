@@ -1,0 +1,70 @@
+"""The path that works everywhere: a block of tokens is decoded and attended to, then the next.
+
+The running maximum and sum are those of an online softmax (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867).
+Blocks beyond the longest row are not looked at.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .reference import seen
+from .rows import Rows
+
+BLOCK_BYTES = 16 * 2**20  # of decoded float32 rows
+
+
+def decode_attention(
+    q: jax.Array,
+    keys: Rows,
+    values: Rows,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    window: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    b, n, h = q.shape
+    heads, tokens = keys.heads, keys.tokens
+    block = _block(keys, values)
+    x = q.astype(jnp.float32).reshape(b, heads, -1, h) * scale
+    mask = seen(tokens, lengths, window)
+
+    def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top, total, out = carry
+        start = i * block
+        k, v = (_part(rows, start, block) for rows in (keys, values))
+        scores = jnp.einsum("bkgh,bksh->bkgs", x, k)
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        here = lax.dynamic_slice_in_dim(mask, start, block, axis=1)[:, None, None]
+        scores = jnp.where(here, scores, -jnp.inf)
+        best = jnp.maximum(top, scores.max(-1))
+        base = jnp.where(jnp.isinf(best), 0, best)
+        weights, old = jnp.exp(scores - base[..., None]), jnp.exp(top - base)
+        out = out * old[..., None] + jnp.einsum("bkgs,bksh->bkgh", weights, v)
+        return best, total * old + weights.sum(-1), out
+
+    shape = (b, heads, n // heads)
+    start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, h)))
+    used = (jnp.max(lengths) + block - 1) // block
+    top, total, out = lax.fori_loop(0, used, step, start)
+    out = out / jnp.where(total == 0, 1, total)[..., None]
+    return out.reshape(b, n, h).astype(q.dtype), (top + jnp.log(total)).reshape(b, n)
+
+
+def _block(keys: Rows, values: Rows) -> int:
+    """Tokens of a block: a multiple of what a codec encodes together, and a divisor of all."""
+    b, heads, tokens, h = keys.shape
+    least = max(keys.codec.block, values.codec.block)
+    most = max(least, BLOCK_BYTES // (8 * b * heads * h))
+    sizes = (n for n in range(min(most, tokens), 0, -1) if tokens % n == 0 and n % least == 0)
+    return next(sizes, tokens)
+
+
+def _part(rows: Rows, start: jax.Array, size: int) -> jax.Array:
+    n = rows.codec.block
+    take = lambda x: lax.dynamic_slice_in_dim(x, start // n, size // n, axis=2)
+    return rows.codec.decode(jax.tree.map(take, rows.parts), rows.width)

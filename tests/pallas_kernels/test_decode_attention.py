@@ -1,0 +1,198 @@
+"""Decode attention over packed rows: every implementation against plain attention, masks, lengths, bad input."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from stowax.pallas_kernels import Rows, decode_attention, pack_rows
+from stowax.pallas_kernels.codecs import per_channel, per_token
+from stowax.pallas_kernels.decode_attention import mosaic_gpu, xla
+from stowax.pallas_kernels.decode_attention.mosaic_gpu import Config
+
+CODECS = {
+    "int8": per_token("int8"),
+    "int4": per_token("int4-g32"),
+    "rotated": per_token("int4-g32-sym", rotate=True),
+    "int2": per_token("int2-g32"),
+    "levels": per_token("lm2-g32", rotate=True),
+    "per channel": per_channel("int2-asym", 32),
+    "16 bits": per_token("bf16"),
+}
+MASKS = {
+    "plain": {},
+    "window": {"window": 40},
+    "soft cap": {"soft_cap": 3.0, "scale": 0.3},
+}
+
+
+def operands(key, value, b=2, n=4, k=2, s=128, h=64, dtype="float32"):
+    rng = np.random.default_rng(0)
+    x = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    rows = (pack_rows(x(b, k, s, h), codec) for codec in (key, value))
+    return x(b, n, h).astype(dtype), *rows
+
+
+def plain(q, keys, values, lengths, scale=None, soft_cap=None, window=None):
+    """In numpy, head by head and row by row."""
+    q, k, v = (
+        np.asarray(x, np.float64)
+        for x in (q, jax.jit(Rows.decode)(keys), jax.jit(Rows.decode)(values))
+    )
+    out, total = np.zeros(q.shape), np.full(q.shape[:2], -math.inf)
+    for b, n in np.ndindex(*q.shape[:2]):
+        head, stop = n // (q.shape[1] // keys.heads), int(lengths[b])
+        start = 0 if window is None else max(0, stop - window)
+        if not stop:
+            continue
+        x = k[b, head, start:stop] @ q[b, n] * (q.shape[-1] ** -0.5 if scale is None else scale)
+        x = soft_cap * np.tanh(x / soft_cap) if soft_cap else x
+        total[b, n] = np.logaddexp.reduce(x)
+        out[b, n] = np.exp(x - total[b, n]) @ v[b, head, start:stop]
+    return out, total
+
+
+def close(got, want, tolerance):
+    assert float(jnp.linalg.norm(got[0] - want[0]) / jnp.linalg.norm(want[0])) < tolerance
+    np.testing.assert_allclose(got[1], want[1], atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_codecs(codec, implementation):
+    args = operands(CODECS[codec], CODECS["int8"])
+    lengths = jnp.array([100, 1])
+    run = functools.partial(decode_attention, implementation=implementation)
+    close(jax.jit(run)(*args, lengths), plain(*args, lengths), 1e-5)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_masks_and_lengths(mask, implementation, monkeypatch):
+    monkeypatch.setattr(xla, "BLOCK_BYTES", 8 * 2 * 2 * 64 * 32)  # blocks of 32 tokens
+    args = operands(CODECS["int4"], CODECS["int4"])
+    for lengths in ([0, 128], [33, 64]):
+        run = functools.partial(decode_attention, implementation=implementation, **MASKS[mask])
+        lengths = jnp.array(lengths)
+        close(jax.jit(run)(*args, lengths), plain(*args, lengths, **MASKS[mask]), 1e-5)
+
+
+def test_parts_join_by_their_logarithms():
+    """Attention to two caches is attention to both, weighted by the denominators."""
+    q, keys, values = operands(CODECS["int8"], CODECS["int8"])
+    half = lambda rows, i: Rows(
+        jax.tree.map(lambda x: x[:, :, 64 * i : 64 * i + 64], rows.parts), rows.codec, rows.width
+    )
+    full = jnp.array([64, 64])
+    a, b = (decode_attention(q, half(keys, i), half(values, i), full) for i in range(2))
+    share = jax.nn.sigmoid(a[1] - b[1])[..., None]
+    whole = decode_attention(q, keys, values, 2 * full)
+    np.testing.assert_allclose(a[0] * share + b[0] * (1 - share), whole[0], atol=1e-5)
+
+
+def test_vmap_and_scan():
+    q, keys, values = operands(CODECS["int4"], CODECS["int4"])
+    lengths = jnp.array([100, 7])
+    want = decode_attention(q, keys, values, lengths)[0]
+    got = jax.vmap(lambda q: decode_attention(q, keys, values, lengths)[0])(jnp.stack([q, q]))
+    np.testing.assert_allclose(got[1], want, atol=1e-6)
+    step = lambda q, _: (decode_attention(q, keys, values, lengths)[0], None)
+    got = jax.lax.scan(step, q, None, length=1)[0]
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+# The Hopper kernel, in the interpreter and lowered for CUDA
+
+GPU = {
+    "int4, zeros, soft cap": ("int4-g32", 70, {"soft_cap": 3.0, "scale": 0.1}, Config(2, 1, 1), {}),
+}
+GPU_SLOW = {
+    "int4, window": ("int4-g64", 256, {"window": 70}, Config(1, 2, 2), {"s": 256}),
+    "int4, rotated": ("int4-g64-sym", 128, {}, Config(1, 1, 1), {"n": 20, "rotate": True}),
+    "int8": ("int8", 100, {}, Config(1, 1, 1), {}),
+    "int8, zeros, half rows": ("int8-g32-asym", 128, {}, Config(1, 1, 1), {"h": 64}),
+    "int2": ("int2-g64", 128, {}, Config(1, 1, 1), {"h": 256}),
+    "f16": ("int4-g32", 128, {}, Config(1, 1, 1), {"dtype": "float16"}),
+}
+
+
+def gpu_operands(spec, rotate=False, n=2, s=128, h=128, dtype="bfloat16"):
+    codec = per_token(spec, rotate=rotate)
+    return operands(codec, codec, b=1, n=n, k=1, s=s, h=h, dtype=dtype)
+
+
+def check_on_gpu(spec, length, mask, config, changes):
+    args = (*gpu_operands(spec, **changes), jnp.array([length]))
+    options = {"scale": 0.09, "soft_cap": None, "window": None} | mask
+    run = functools.partial(mosaic_gpu.decode_attention, config=config, interpret=True, **options)
+    got = jax.jit(run)(*args)
+    want = decode_attention(*args, implementation="reference", **options)
+    assert got[0].dtype == args[0].dtype
+    close([x.astype(jnp.float32) for x in got], [x.astype(jnp.float32) for x in want], 1e-2)
+
+
+@pytest.mark.parametrize("name", GPU)
+def test_kernel(name):
+    check_on_gpu(*GPU[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GPU_SLOW)
+def test_kernel_of_every_form(name):
+    check_on_gpu(*GPU_SLOW[name])
+
+
+@pytest.mark.parametrize("spec", ["int8", "int4-g64-sym", "int4-g32"])
+def test_an_exported_program_holds_the_kernel_for_cuda(spec):
+    shapes = jax.eval_shape(
+        lambda: operands(per_token(spec), per_token(spec), h=128, dtype="bfloat16")
+    )
+    leaves, tree = jax.tree.flatten((*shapes, jax.ShapeDtypeStruct((2,), jnp.int32)))
+    flat = jax.jit(lambda *x: decode_attention(*jax.tree.unflatten(tree, x)))
+    exported = export.export(flat, platforms=("cpu", "cuda"))(*leaves)
+    assert "mosaic_gpu" in exported.mlir_module()
+    export.deserialize(exported.serialize())
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "reason"),
+    [
+        (per_token("int4-g32"), {"dtype": "float32"}, "q is float32"),
+        (per_token("int4-g32"), {"s": 96}, "S = 96"),
+        (per_token("int4-g32"), {"h": 64}, "32 bytes, not 64 or 128"),
+        (per_channel("int4-asym", 32), {}, "keys: no kernel for int4-asym per channel|keys: no kernel for int4"),
+        (per_token("lm4-g32"), {}, "keys: no kernel for lm4"),
+    ],
+)  # fmt: skip
+def test_what_the_kernel_does_not_take_goes_to_another_path(key, shape, reason):
+    options = {"h": 128, "dtype": "bfloat16"} | shape
+    args = jax.eval_shape(lambda: operands(key, per_token("int4-g32"), **options))
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+    with pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(
+            functools.partial(decode_attention, implementation="mosaic_gpu"), *args, lengths
+        )
+    out, total = jax.eval_shape(decode_attention, *args, lengths)
+    assert out.shape == args[0].shape
+    assert total.shape == args[0].shape[:2]
+
+
+def test_bad_input():
+    q, keys, values = operands(CODECS["int8"], CODECS["int8"])
+    lengths = jnp.array([1, 2])
+    with pytest.raises(ValueError, match=r"`q` \(2, 3, 64\)"):
+        decode_attention(q[:, :3], keys, values, lengths)
+    with pytest.raises(ValueError, match="`lengths` is float32"):
+        decode_attention(q, keys, values, lengths.astype(jnp.float32))
+    with pytest.raises(ValueError, match="`window` is 0"):
+        decode_attention(q, keys, values, lengths, window=0)
+    with pytest.raises(ValueError, match="`soft_cap` is -1"):
+        decode_attention(q, keys, values, lengths, soft_cap=-1)
+    with pytest.raises(ValueError, match="`implementation` is 'flash'"):
+        decode_attention(q, keys, values, lengths, implementation="flash")
