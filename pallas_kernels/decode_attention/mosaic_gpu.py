@@ -96,23 +96,15 @@ def decode_attention(
     x = x.reshape(b * heads, width, k.plan.pieces, -1).swapaxes(1, 2)
     x = hopper.permute_columns(x).reshape(b * heads * k.plan.pieces, width, -1)
     problem = _Problem(
-        config or Config(), k, v, b, heads, tokens, width, dtype, soft_cap, window, interpret
+        config or Config(), k, v, b, heads, tokens, group, width, dtype, soft_cap, window, interpret
     )
-    out, top, total = problem(x, k.arrays(keys), v.arrays(values), lengths.astype(jnp.int32))
-    out, total = _joined(out, top, total)  # [B K, H, W], [B K, W]
-    out = v.rows_of(out)
-    out = out[..., :group].swapaxes(1, 2).reshape(b, n, h)
+    parts, logs = problem(x, k.arrays(keys), v.arrays(values), lengths.astype(jnp.int32))
+    weights = jax.nn.softmax(logs / LOG2E, axis=-1)  # [B K, G, parts]
+    out = (parts * weights.swapaxes(1, 2)[..., None]).sum(1).reshape(b, n, h)
     out = hadamard(out) if values.codec.rotate else out  # pyright: ignore
-    return out.astype(dtype), total[:, :group].reshape(b, n)
-
-
-def _joined(out: jax.Array, top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Parts ``[B K, parts, ...]`` of a softmax in base 2 as one, and the natural logarithm of its denominator."""
-    best = top.max(1, keepdims=True)
-    weight = total * jnp.exp2(top - best)
-    denominator = weight.sum(1, keepdims=True)
-    weight = weight / jnp.where(denominator == 0, 1, denominator)
-    return (out * weight[:, :, None]).sum(1), (best / LOG2E + jnp.log(denominator))[:, 0]
+    total = jax.nn.logsumexp(logs / LOG2E, axis=-1)
+    total = jnp.where(logs.max(-1) <= NEVER, -jnp.inf, total)
+    return out.astype(dtype), total.reshape(b, n)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,15 +152,6 @@ class _Stream:
         )
         return [tile, *(plgpu.SMEM((*ring, ROWS * self.groups), d) for d in dtypes)]
 
-    def rows_of(self, out: jax.Array) -> jax.Array:
-        """Results ``[B K, H, W]`` in the order of `expand_transposed` as elements of a row.
-
-        Row ``16 w + g + 8 r`` of tile (chunk c, piece p) is element ``64 c + 16 w + 2 g + r`` of the piece.
-        """
-        chunks = self.tiles // self.plan.pieces
-        x = out.reshape(-1, chunks, self.plan.pieces, 4, 2, 8, out.shape[-1])
-        return x.transpose(0, 2, 1, 3, 5, 4, 6).reshape(out.shape)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
@@ -178,6 +161,7 @@ class _Problem:
     batch: int
     heads: int
     tokens: int
+    group: int
     width: int
     dtype: Any
     soft_cap: float | None
@@ -193,7 +177,7 @@ class _Problem:
 
     def __call__(
         self, q: jax.Array, keys: list[jax.Array], values: list[jax.Array], lengths: jax.Array
-    ) -> list[jax.Array]:
+    ) -> tuple[jax.Array, jax.Array]:
         c, rows = self.config, self.batch * self.heads
         ring = (c.warpgroups, c.stages)
         dtypes = lambda arrays: [x.dtype for x in arrays[1:]]
@@ -221,8 +205,7 @@ class _Problem:
         n = self.parts * wg
         kernel = plgpu.kernel(
             _Body(self, len(keys)),
-            out_type=[f32(rows * n * self.values.width, self.width), f32(rows * n, self.width),
-                      f32(rows * n, self.width)],
+            out_type=[f32(rows * n * self.group, self.values.width), f32(rows * self.group, n)],
             grid=(rows, self.parts),
             grid_names=("head", "part"),
             num_threads=wg,
@@ -233,9 +216,8 @@ class _Problem:
             ),
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
         )  # fmt: skip
-        x, top, total = kernel(q, lengths, *keys, *values)
-        split = lambda y, *shape: y.reshape(rows, n, *shape, self.width)
-        return [split(x, self.values.width), split(top), split(total)]
+        x, logs = kernel(q, lengths, *keys, *values)
+        return x.reshape(rows, n, self.group, -1), logs.reshape(rows, self.group, n)
 
 
 class _Body:
@@ -246,7 +228,7 @@ class _Body:
 
     def __call__(self, *refs: Any, **scratch: Any) -> None:
         p, c, interpret = self.problem, self.problem.config, self.problem.interpret
-        q, lengths, *arrays, out, top_out, total_out = refs
+        q, lengths, *arrays, out, logs = refs
         keys, values = arrays[: self.keys], arrays[self.keys :]
         wg, head, part = (lax.axis_index(a) for a in ("wg", "head", "part"))
         k, v = p.keys, p.values
@@ -413,6 +395,11 @@ class _Body:
         total = summed(total)
         share = jnp.where(total == 0, 0.0, 1 / total)
         for j, x in enumerate(rezeroed(outs, list(map(summed, rests)))):
-            hopper.store_rows(out, x * share, row * v.width + j * ROWS, interpret)
-        hopper.store_rows(top_out, top, row, interpret, rows=1)
-        hopper.store_rows(total_out, total, row, interpret, rows=1)
+            piece, chunk = j % v.plan.pieces, j // v.plan.pieces
+            hopper.store_transposed(
+                out, x * share, row * p.group, jnp.int32(piece * v.piece + 64 * chunk),
+                row * p.group + p.group, interpret, paired=True, rows=p.group,
+            )  # fmt: skip
+        found = jnp.where(total == 0, NEVER, top + jnp.log2(jnp.where(total == 0, 1.0, total)))
+        part = lax.rem(row, p.parts * c.warpgroups)
+        hopper.store_first(logs, found, head * p.group, part, p.group, interpret)

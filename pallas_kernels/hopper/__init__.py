@@ -20,6 +20,6 @@ from .layout import tiled as tiled
 from .transposed import expand_transposed as expand_transposed
 from .transposed import over_rows as over_rows
 from .transposed import spread_scales as spread_scales
-from .transposed import store_rows as store_rows
+from .transposed import store_first as store_first
 from .transposed import store_weights as store_weights
 from .transposed import zero_shift as zero_shift

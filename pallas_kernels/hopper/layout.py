@@ -1,9 +1,9 @@
 """Tiles in shared memory, tables of scales in registers, the order of columns, and results.
 
 A warpgroup multiplies ``[64, k]`` fragments: thread (warp, g, q) holds rows ``16 warp + g`` and 8 below, and of every
-16 columns 2 q, 2 q + 1, 2 q + 8, 2 q + 9. Codes lie in shared memory as they lie in the file, rows of `row_bytes` bytes,
-swizzled. Each thread takes 16 contiguous bytes of its rows out of every 64, and a contraction does not care for the order
-of its columns: so the other operand is put into that order (`permute_columns`) instead of the codes.
+16 columns 2 q, 2 q + 1, 2 q + 8, 2 q + 9. Codes lie in shared memory as they lie in the file, in rows of `row_bytes`
+bytes, swizzled. Each thread takes 16 contiguous bytes of its rows out of every 64, and a contraction does not care for
+the order of its columns: so the other operand is put into that order (`permute_columns`) instead of the codes.
 """
 
 from __future__ import annotations
@@ -133,12 +133,27 @@ def scale_rows(total: jax.Array, x: jax.Array, scale: jax.Array, interpret: bool
 
 
 def store_transposed(
-    out: Any, tile: jax.Array, row: Any, column: Any, stop: Any, interpret: bool
+    out: Any,
+    tile: jax.Array,
+    row: Any,
+    column: Any,
+    stop: Any,
+    interpret: bool,
+    *,
+    paired: bool = False,
+    rows: int | None = None,
 ) -> None:
-    """Writes ``tile[j, i]`` to ``out[row + i, column + j]`` for rows below `stop`."""
+    """Writes ``tile[j, i]`` to ``out[row + i, column + j]`` for rows below `stop`.
+
+    Args:
+      paired: the tile's rows are as `expand_transposed` has them; they are written in the order of elements.
+      rows: how many columns of the tile there are to write; None for all (the interpreter can't write outside).
+    """
     width = tile.shape[1]
     if interpret:
-        out[pl.ds(row, width), pl.ds(column, ROWS)] = tile.T.astype(out.dtype)
+        n = width if rows is None else rows
+        x = tile.reshape(4, 2, 8, width).swapaxes(1, 2).reshape(tile.shape) if paired else tile
+        out[pl.ds(row, n), pl.ds(column, ROWS)] = x.T[:n].astype(out.dtype)
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA, SCALAR, SCALAR, SCALAR))
@@ -146,7 +161,8 @@ def store_transposed(
         element, pointer = asm.element(ref), asm.pointer(ref)
         warp, g, q = asm.lanes()
         stop = asm.scalar(stop)
-        first = arith.extsi(asm.i64(), arith.addi(asm.scalar(column), asm.first_row(warp, g)))
+        lane = arith.addi(asm.first_row(warp, g), g) if paired else asm.first_row(warp, g)
+        first = arith.extsi(asm.i64(), arith.addi(asm.scalar(column), lane))
         own = arith.addi(asm.scalar(row), arith.muli(q, asm.const(2)))
         registers = tile.registers.reshape(width // 8, 2)
         stride = asm.const64(ir.MemRefType(ref.type).shape[1])
@@ -159,7 +175,8 @@ def store_transposed(
                     x = vector.extract(
                         registers[octet, half], dynamic_position=[], static_position=[e]
                     )
-                    place = asm.at(pointer, arith.addi(start, asm.const64(8 * half)), element)
+                    step = asm.const64(half if paired else 8 * half)
+                    place = asm.at(pointer, arith.addi(start, step), element)
                     _store(place, x, element, inside)
 
     run(out, tile, row, column, stop)

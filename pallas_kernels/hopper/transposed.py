@@ -227,33 +227,28 @@ def over_rows(op: str, x: jax.Array, scratch: Any, interpret: bool) -> jax.Array
     return run(x, scratch)
 
 
-def store_rows(out: Any, x: jax.Array, row: Any, interpret: bool, rows: int = ROWS) -> None:
-    """The first `rows` (64 or 1) rows of ``f32[64, W]``, to rows of ``f32[..., W]`` from `row` on."""
+def store_first(out: Any, x: jax.Array, row: Any, column: Any, n: int, interpret: bool) -> None:
+    """The first row of ``f32[64, W]``, its first `n` columns, to ``out[row + i, column]``."""
     if interpret:
-        out[pl.ds(row, rows), :] = x[:rows]
+        out[pl.ds(row, n), column] = x[0, :n]
         return
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA, scalar))
-    def run(ctx, ref, x, row):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA, scalar, scalar))
+    def run(ctx, ref, x, row, column):
         base, f32 = asm.pointer(ref), ir.F32Type.get()
         warp, g, q = asm.lanes()
-        own = asm.first_row(warp, g)
-        is_first = arith.cmpi(arith.CmpIPredicate.eq, own, asm.const(0))
+        first = arith.cmpi(arith.CmpIPredicate.eq, asm.first_row(warp, g), asm.const(0))
         registers = x.registers.reshape(-1, 2)
-        width = 8 * len(registers)
-        start = arith.addi(asm.scalar(row), own if rows > 1 else asm.const(0))
+        stride = asm.const(ir.MemRefType(ref.type).shape[1])
         for octet in range(len(registers)):
-            for r in range(2 if rows > 1 else 1):
-                line = arith.muli(arith.addi(start, asm.const(8 * r)), asm.const(width))
-                column = arith.addi(arith.muli(q, asm.const(2)), asm.const(8 * octet))
-                place = arith.extsi(asm.i64(), arith.addi(line, column))
+            for e in range(2):
+                i = arith.addi(arith.muli(q, asm.const(2)), asm.const(8 * octet + e))
+                inside = arith.andi(first, arith.cmpi(arith.CmpIPredicate.slt, i, asm.const(n)))
+                place = arith.muli(arith.addi(asm.scalar(row), i), stride)
+                place = arith.extsi(asm.i64(), arith.addi(place, asm.scalar(column)))
                 place = llvm.ptrtoint(asm.i64(), asm.at(base, place, f32))
-                pair = [asm.extract(registers[octet, r], e) for e in range(2)]
-                if rows > 1:
-                    mgpu.utils.inline_ptx("st.global.v2.f32 [$0], {$1, $2};", place, *pair)
-                else:
-                    code = "@$3 st.global.v2.f32 [$0], {$1, $2};"
-                    mgpu.utils.inline_ptx(code, place, *pair, is_first)
+                value = asm.extract(registers[octet, 0], e)
+                mgpu.utils.inline_ptx("@$2 st.global.f32 [$0], $1;", place, value, inside)
 
-    run(out, x, row)
+    run(out, x, row, column)
