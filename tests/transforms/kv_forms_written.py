@@ -161,6 +161,15 @@ def paged_layers(p, x, cache):
     return x, {**cache, "k": k, "v": v, "index": cache["index"] + x.shape[1]}
 
 
+def paged_backwards(p, x, cache):
+    """Written through the table, read through its columns in reverse."""
+    y, new = paged(p, x, cache)
+    read = lambda pool: pool[cache["table"][:, ::-1]].reshape(B, S, K, H)
+    q = project(p, x)[0]
+    y = y + 0 * project_out(p, attend(q, read(new["k"]), read(new["v"]), causal(x.shape[1], 0)))
+    return y, new
+
+
 def paged_elsewhere(p, x, cache):
     """Written through one table, read through another."""
     y, new = paged(p, x, cache)
@@ -176,6 +185,7 @@ one_by_one("paged, a position for each row", paged_rows, turned | tables)
 stacked = {n: jnp.stack([x] * L) if x.ndim else x for n, x in pool.items()}
 form("paged, scan over layers", paged_layers, stacked | tables, params=two, plain=L)
 other = {"other": jnp.asarray(table[::-1], jnp.int32)}
+trap("paged, read backwards", paged_backwards, pool | tables)
 trap("paged, read through another table", paged_elsewhere, pool | tables | other)
 
 

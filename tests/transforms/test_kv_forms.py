@@ -13,6 +13,10 @@ from tests.transforms.kv_forms import FORMS, Form
 REFUSED = {
     "flash-style scan over blocks": "carried by `scan`",
     "attention in shard_map": "shard_map",
+    "rolled by two rows, one written": "rolled by 2 rows, and other rows than those are written",
+    "paged, read through another table": "written through one table and read through another",
+    "old cache and self, nothing written": "not updated there in this call",
+    "keys written before, values after": "keys are read before they are updated and values after",
 }
 # A selector can't evict: the cache grows, or weights and rows are used elsewhere too.
 NO_EVICTION = {

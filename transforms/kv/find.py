@@ -84,7 +84,8 @@ class Probe(CacheRun):
         assert node.view is not None
         cell = node.view.cell
         if cell.pages is not None:
-            raise Unfit([cell.name], "a paged pool is used otherwise than by attention")
+            reason = reason or "a paged pool is used otherwise than by attention"
+            raise Unfit([cell.name], reason)
         if cell.store.opened is None or not reason:
             op = f"`{eqn.primitive.name}`: " if eqn is not None else ""
             raise Unfit([cell.name], op + (reason or "it is used as an array"), "")

@@ -174,7 +174,7 @@ def _sources(start: Any) -> list[Any]:
     """The indices that say where new rows go."""
     if isinstance(start, Positions):
         return [v for v in start.source if is_node(v) or hasattr(v, "shape")]
-    return [] if isinstance(start, str) else [start]
+    return [] if start is None or isinstance(start, str) else [start]
 
 
 def _made(run: CacheRun, x: Any) -> Node | None:

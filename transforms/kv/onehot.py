@@ -239,7 +239,8 @@ class Masks:
         rows = [c for c in coords if isinstance(c, Along) and c.dim == self.rows]
         for count, start in (node.inputs, node.inputs[::-1]):
             if rows[0] in _counted(count, self.fit(count, coords)):
-                return rows[0] not in self.bare(start, self.fit(start, coords))[1]
+                where = self.bare(start, self.fit(start, coords))[1]
+                return all(c is None or (isinstance(c, Along) and c != rows[0]) for c in where)
         return False
 
 

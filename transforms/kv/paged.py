@@ -80,7 +80,8 @@ def looked_up(run: Deferral, eqn: compat.Eqn, values: list[Any]) -> Node | None:
         return None
     where: list[Coord] = [along(i, n, 2) for i, n in enumerate(shape[:2])]
     table, coords = bare(run, indices, [*where, None])
-    if len(shape_of(table)) != 2 or list(coords) != where:
+    direct = all(c is None or isinstance(c, Along) for c in coords)
+    if len(shape_of(table)) != 2 or not direct or list(coords) != where:
         return None
     axis = cut[0]
     cell: Cell = x.view.cell
