@@ -1,4 +1,4 @@
-"""Named KV methods: each one a point in selector x codec, with the paper that it is from."""
+"""Named KV methods: each one a point in selector x codec x tier, with the paper that it is from."""
 
 from __future__ import annotations
 
@@ -100,6 +100,14 @@ def combine(tokens: Method, rows: Method) -> Method:
         )
     name = f"{tokens.name}-{rows.name}"
     return dataclasses.replace(tokens, name=name, key=rows.key, value=rows.value)
+
+
+def offload(method: Method) -> Method:
+    """`method` with its stored rows in host memory, fetched layer by layer: ``offload(kv4())``.
+
+    Sinks and recent rows stay on the device. As the offloaded cache of Hugging Face's transformers.
+    """
+    return dataclasses.replace(method, name=f"{method.name}-host", tier="host")
 
 
 def _kept(residual: int, sinks: int) -> str:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ..core import compat
 from ..core.interpret import Recorder
 from ..core.program import Program
+from . import tiers
 from .defer import LAYOUT
 from .expr import Cell, Node, is_rooted, walk
 from .find import Caches, stream_key
@@ -92,7 +93,7 @@ class Emit(CacheRun):
                 "not see the attention of every call; use a recipe without a selector, or one that looks at keys or "
                 "positions (`streaming`, `keydiff`)"
             )
-        return Opened(found, store.arrays, None)
+        return Opened(found, tiers.fetch(store.arrays, method.tier), None)
 
     def method(self, store: Store) -> Method:
         return self.methods[store.group.leaves[0][0]]
@@ -145,6 +146,7 @@ class Emit(CacheRun):
         if found.index is not None:
             index = self.array(found.index[1])
             arrays = jax.tree.map(lambda x: _entry(x, index, found), arrays)
+        arrays = tiers.fetch(arrays, self.method(store).tier)
         return Opened(found, arrays, self.work(store, found, arrays))
 
     def work(self, store: Store, found: Attention, arrays: Any) -> Working:
@@ -202,7 +204,7 @@ class Emit(CacheRun):
             w = self.work(store, found, opened.arrays)
         stats = _for_slots(opened.stats, w)
         arrays = absorb(method, store.group, opened.arrays, w, stats, queries)
-        arrays = jax.lax.stop_gradient(arrays)
+        arrays = tiers.put(jax.lax.stop_gradient(arrays), method.tier)
         if opened.found.index is not None:
             index = self.array(opened.found.index[1])
             stack = opened.found.reads[0].cell.stack

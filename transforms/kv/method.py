@@ -1,4 +1,4 @@
-"""A KV method: which tokens are kept, and how their rows are stored."""
+"""A KV method: which tokens are kept, how their rows are stored, and where."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 from stowax.pallas_kernels.codecs import RowCodec, per_token
 
+from .tiers import TIERS
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One point in selector x codec (x merge x tier).
+    """One point in selector x codec x tier.
 
     Attributes:
       name: for reports.
@@ -20,6 +22,7 @@ class Method:
       selector: which tokens are kept; None for all.
       channels: the share of each key's channels that is kept, those that queries meet most (ThinK); the first call
         chooses them, head by head. The newest `residual` tokens keep all.
+      tier: where the stored rows live, "device" or "host"; see `tiers`.
       paper: where the method is from.
     """
 
@@ -30,6 +33,7 @@ class Method:
     sinks: int = 0
     selector: Any = None
     channels: float = 1.0
+    tier: str = "device"
     paper: str = ""
 
     def __post_init__(self) -> None:
@@ -37,6 +41,8 @@ class Method:
             n = getattr(self, field)
             if not isinstance(n, int) or n < 0:
                 raise ValueError(f"`{field}` is {n!r}; expected a number of tokens, 0 or more")
+        if self.tier not in TIERS:
+            raise ValueError(f"`tier` is {self.tier!r}; expected one of {list(TIERS)}")
         if not 0 < self.channels <= 1:
             raise ValueError(f"`channels` is {self.channels}; expected a share in (0, 1]")
         if self.channels < 1 and self.selector is not None:

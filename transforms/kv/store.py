@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import direct, slots
+from . import direct, slots, tiers
 from .method import Method
 from .spec import Group
 
@@ -76,11 +76,9 @@ def shapes(method: Method, group: Group) -> Any:
 def empty(method: Method, group: Group) -> Any:
     """The buffers of a group, with nothing in them."""
     found = shapes(method, group)
-    if method.selector is None:
-        return direct.empty(found)
-    if "layers" in found:
-        return {"layers": list(map(slots.empty, found["layers"]))}
-    return slots.empty(found)
+    make = direct.empty if method.selector is None else slots.empty
+    new = {"layers": list(map(make, found["layers"]))} if is_ragged(found) else make(found)
+    return tiers.put(new, method.tier)
 
 
 def is_ragged(arrays: Any) -> bool:
@@ -98,7 +96,15 @@ def is_used(arrays: Any) -> bool:
 
 def nbytes(method: Method, group: Group) -> int:
     """Bytes of the buffers."""
-    leaves = jax.tree.leaves(shapes(method, group))
+    return _total(jax.tree.leaves(shapes(method, group)))
+
+
+def nbytes_host(method: Method, group: Group) -> int:
+    """Those of them that are in host memory."""
+    return _total(tiers.on_host(shapes(method, group), method.tier))
+
+
+def _total(leaves: list[Any]) -> int:
     return sum(math.prod(s.shape) * s.dtype.itemsize for s in leaves)
 
 
