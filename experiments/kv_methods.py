@@ -28,6 +28,10 @@ METHODS: dict[str, Callable[[], Method]] = {
     "gear4": lambda: recipes.gear(4),
     "gear2": lambda: recipes.gear(2),
     "think": recipes.think,
+    "xquant8": lambda: recipes.xquant(8),
+    "xquant4": recipes.xquant,
+    "xquant4-g32": lambda: recipes.xquant(4, group=32),
+    "kv4-host": lambda: recipes.offload(recipes.kv4()),
 }
 
 

@@ -77,6 +77,18 @@ def think(keep: float = 0.6, *, residual: int = 128) -> Method:
     return Method(name, residual=residual, channels=keep, paper=paper)
 
 
+def xquant(bits: int = 4, *, group: int = 128, residual: int = 0, sinks: int = 0) -> Method:
+    """XQuant (https://arxiv.org/abs/2508.10395): the input of each layer in few bits, per token, in place of keys and
+    values, which are computed again at each attention.
+
+    Pays where a layer's input is narrower than keys and values together (no or few shared heads). Differs from the
+    paper: without its latents for shared heads (an SVD of the weights) and its differences between layers.
+    """
+    codec = per_token(f"int{bits}-g{group}-asym")
+    name, paper = f"xquant{bits}{_kept(residual, sinks)}", "https://arxiv.org/abs/2508.10395"
+    return Method(name, codec, None, residual, sinks, input=True, paper=paper)
+
+
 def select(name: str, budget: int | float, **options: Any) -> Method:
     """Keeps `budget` tokens for each head, chosen by a selector.
 

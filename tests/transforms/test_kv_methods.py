@@ -27,6 +27,8 @@ CODECS = {
     "kv2": sx.recipes.kv2(residual=32),
     "gear": sx.recipes.gear(4),
     "think": sx.recipes.think(0.5, residual=16),
+    "xquant": sx.recipes.xquant(4, group=16),
+    "xquant8": sx.recipes.xquant(8, residual=8, sinks=2),
 }
 SELECTORS = {name: sx.recipes.select(name, 48) for name in selectors.SELECTORS}
 BOTH = {"h2o-int8": sx.recipes.combine(sx.recipes.select("h2o", 48), sx.recipes.int8())}
@@ -95,7 +97,7 @@ def test_a_prompt_is_exact_and_decoding_close(name):
     assert error < 1e-6 if lossless else 1e-6 < error < 0.7
 
 
-@pytest.mark.parametrize("name", ["kivi", "think", "h2o", "adakv", "h2o-int8"])
+@pytest.mark.parametrize("name", ["kivi", "think", "xquant", "h2o", "adakv", "h2o-int8"])
 def test_batched_equals_single(name):
     np.testing.assert_allclose(two_calls(name)[1:], two_calls(name, 1), atol=2e-5)
 
@@ -174,7 +176,7 @@ def _cache(name, batch):
 
 # Chunks of a prompt give the cache of the whole: codecs and BY_ROW. Not `think`, whose first call chooses channels, and
 # not selectors that look at what a call's queries or neighbours were.
-@pytest.mark.parametrize("name", ["full", "int8", "kivi", "kv2", *BY_ROW])
+@pytest.mark.parametrize("name", ["full", "int8", "kivi", "kv2", "xquant", *BY_ROW])
 def test_how_a_text_is_cut_into_calls_changes_nothing(name):
     """With one layer keys and values do not depend on what was attended to: the caches must be equal."""
     whole = read(*_first(name, 2), TOKENS[:, :80], _cache(name, 2), ())[1]
@@ -256,7 +258,7 @@ def test_explain_tells_layers_and_heads_apart():
     assert "a head" in rows["full"].each
 
 
-@pytest.mark.parametrize("name", ["kivi", "h2o", "adakv", "pyramidkv", "kv4-host"])
+@pytest.mark.parametrize("name", ["kivi", "h2o", "adakv", "pyramidkv", "kv4-host", "xquant"])
 def test_scanned_equals_unrolled(name):
     functions, params = model(layers=2)
     unrolled = models.functions(dataclasses.replace(CONFIG, layers=2), scan=False)

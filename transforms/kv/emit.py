@@ -19,8 +19,10 @@ from .match import Attention, new_rows
 from .method import Method
 from .replay import Replay, Rows, attend, reduced
 from .rewrite import CacheRun, Store
+from .source import find_source
+from .spec import Group
 from .state import KVState, Moved
-from .store import Working, absorb, is_ragged, working
+from .store import Working, absorb, is_ragged, placed, working
 from .writes import Positions
 
 
@@ -52,7 +54,8 @@ class Emit(CacheRun):
         methods: dict[str, Method],
         recorder: Recorder | None = None,
     ):
-        super().__init__(strict=strict, recorder=recorder)
+        history = any(m.input for m in methods.values())
+        super().__init__(strict=strict, recorder=recorder, history=history)
         self.caches, self.methods = caches, methods
         self.postponed |= caches.postponed
 
@@ -167,7 +170,22 @@ class Emit(CacheRun):
         at, how = self.positions(found)
         if found.start == "grow" and not group.grows:
             how = "behind"
-        return working(self.method(store), group, arrays, new, at, how)
+        method = self.method(store)
+        if method.input:
+            return self.work_input(found, method, group, arrays, new, at)
+        return working(method, group, arrays, new, at, how)
+
+    def work_input(
+        self, found: Attention, method: Method, group: Group, arrays: Any, new: Any, at: jax.Array
+    ) -> Working:
+        """Keys and values of the stored rows, computed again; the new ones as they are."""
+        assert group.source is not None
+        source = find_source(self, found)
+        rows = source.to_rows(self.array(source.value)).astype(group.source.dtype)
+        w = working(method, group, arrays, [rows], at, "run")
+        made = dict(zip(map(stream_key, found.reads), source.rebuild(self, found, w.rows[0])))
+        kept = [made[s].astype(x.dtype) for s, x in zip(group.streams, new)]
+        return dataclasses.replace(w, rows=placed(kept, new, at), stored=w.rows)
 
     def positions(self, found: Attention) -> tuple[jax.Array, str]:
         """``int32[T]`` or ``int32[B, T]``, S or more for rows to drop; and how they lie."""
@@ -280,6 +298,7 @@ def run(
         shape = next(s for n, s, _ in group.leaves if n == name)
         cells[name] = Cell(name, shape, leaf.dtype, (), store)
         values.append(cells[name].node())
+    emit.history.fix(v for v, name in zip(values, program.names) if name)
     out = emit.run(program.jaxpr, values)
     place = {j: leaf for leaf, j in caches.outputs.items()}
     out = [v if j in place else emit.array(v, None, "it is a result") for j, v in enumerate(out)]

@@ -12,7 +12,7 @@ from .tiers import TIERS
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One point in selector x codec x tier.
+    """One point in what is stored x selector x codec x tier.
 
     Attributes:
       name: for reports.
@@ -22,6 +22,8 @@ class Method:
       selector: which tokens are kept; None for all.
       channels: the share of each key's channels that is kept, those that queries meet most (ThinK); the first call
         chooses them, head by head. The newest `residual` tokens keep all.
+      input: the rows that keys and values are made of are stored, by `key`'s codec, and keys and values are computed
+        again at each attention (XQuant); see `source`.
       tier: where the stored rows live, "device" or "host"; see `tiers`.
       paper: where the method is from.
     """
@@ -33,6 +35,7 @@ class Method:
     sinks: int = 0
     selector: Any = None
     channels: float = 1.0
+    input: bool = False
     tier: str = "device"
     paper: str = ""
 
@@ -45,6 +48,13 @@ class Method:
             raise ValueError(f"`tier` is {self.tier!r}; expected one of {list(TIERS)}")
         if not 0 < self.channels <= 1:
             raise ValueError(f"`channels` is {self.channels}; expected a share in (0, 1]")
+        if self.input and (
+            self.selector is not None or self.channels < 1 or self.value is not None
+        ):
+            raise ValueError(
+                f"`input` stores one row a token for keys and values, so {self.name!r} can't have a `selector`, "
+                "`channels` or a codec for `value`: leave those out"
+            )
         if self.channels < 1 and self.selector is not None:
             raise ValueError(
                 f"`channels` and `selector` are both set in {self.name!r}; give one of them"

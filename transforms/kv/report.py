@@ -126,7 +126,9 @@ class CacheTable(ByteTable):
 
     def total(self) -> str:
         line = self.saved("caches compressed", sum(bool(row.method) for row in self.rows))
-        return line + (f", {format_bytes(self.nbytes_host)} of it on host" if self.nbytes_host else "")
+        return line + (
+            f", {format_bytes(self.nbytes_host)} of it on host" if self.nbytes_host else ""
+        )
 
 
 def _span(counts: Sequence[int]) -> str:

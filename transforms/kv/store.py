@@ -24,6 +24,7 @@ class Working:
       new: the new rows, ``[B, K, T, D]``.
       at: their positions, ``int32[T]`` or ``int32[B, T]``.
       how: how the positions lie; see `direct.place`.
+      stored: what `rows` are made of, where that is stored instead; then `new` are rows of that too.
     """
 
     rows: list[jax.Array]
@@ -32,6 +33,7 @@ class Working:
     new: list[jax.Array]
     at: jax.Array
     how: str
+    stored: list[jax.Array] | None = None
 
 
 def fitted(method: Method, group: Group, layer: int = 0, layers: int = 1) -> Method:
@@ -54,6 +56,14 @@ def fitted(method: Method, group: Group, layer: int = 0, layers: int = 1) -> Met
     return dataclasses.replace(method, selector=None, **kept)
 
 
+def stored(method: Method, group: Group) -> Group:
+    """The geometry of what is stored: keys and values, or what they are made of, one row for all heads."""
+    if not method.input:
+        return group
+    assert group.source is not None
+    return dataclasses.replace(group, streams=(group.source,), heads=1)
+
+
 def check(method: Method, group: Group) -> None:
     """Raises where the method can't keep caches of this geometry."""
     if method.selector is not None:
@@ -62,6 +72,7 @@ def check(method: Method, group: Group) -> None:
 
 def shapes(method: Method, group: Group) -> Any:
     """The buffers of a group, as shapes. Layers of different sizes are a list."""
+    group = stored(method, group)
     stacked = lambda tree, lead: jax.tree.map(
         lambda s: jax.ShapeDtypeStruct((*lead, group.batch, *s.shape), s.dtype), tree
     )
@@ -113,7 +124,7 @@ class Bytes:
     """Bytes of one layer's buffers, the whole batch.
 
     Attributes:
-      head: of each head, equal for all; 0 where heads share the buffers of the selection (pooled).
+      head: of each head, equal for all; 0 where heads share the buffers of the selection (pooled) or the rows (input).
       shared: what belongs to no head: positions, counts, pooled slots.
       total: all of it.
     """
@@ -134,6 +145,7 @@ def layer_nbytes(method: Method, group: Group) -> tuple[Bytes, ...]:
 def _layer_bytes(method: Method, group: Group, arrays: Any, stack: int) -> Bytes:
     count = lambda tree: sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(tree))
     names = direct.BY_HEAD if method.selector is None else slots.by_head(method)
+    names = () if method.input else names  # one row for all heads
     total, own = (count(t) // stack for t in (arrays, [arrays[n] for n in names if n in arrays]))
     return Bytes(own // group.heads, total - own, total)
 
@@ -142,6 +154,7 @@ def working(
     method: Method, group: Group, arrays: Any, new: list[jax.Array], at: jax.Array, how: str
 ) -> Working:
     """The rows to attend to: those kept, and the new ones as they are."""
+    group = stored(method, group)
     batched = 0 if at.ndim == 2 else None
     if method.selector is not None:
         view = jax.vmap(lambda a, n, p: slots.working(method, group, a, n, p, how), (0, 0, batched))
@@ -164,10 +177,16 @@ def working(
     return Working(rows, None, None, new, at, how)
 
 
+def placed(kept: list[jax.Array], new: list[jax.Array], at: jax.Array) -> list[jax.Array]:
+    """Rows ``[B, K, S, D]`` with new ones at consecutive positions."""
+    return jax.vmap(lambda k, n: direct.place(k, n, at, "run"))(kept, new)
+
+
 def absorb(
     method: Method, group: Group, arrays: Any, w: Working, stats: Any, queries: Any = None
 ) -> Any:
     """The buffers with the new rows stored; for a selector, what it looks at."""
+    group = stored(method, group)
     batched = 0 if w.at.ndim == 2 else None
     if method.selector is not None:
         total = w.at.shape[-1]
@@ -175,8 +194,9 @@ def absorb(
         return jax.vmap(keep)(arrays, w.rows, w.positions, w.live, stats, queries)
     if group.grows:
         arrays = _lengthen(method, group, arrays, w.new[0].shape[2])
+    rows = w.rows if w.stored is None else w.stored
     keep = lambda a, r, n, p, q: direct.absorb(method, group, a, r, n, p, w.how, q)
-    return jax.vmap(keep, (0, 0, 0, batched, 0))(arrays, w.rows, w.new, w.at, queries)
+    return jax.vmap(keep, (0, 0, 0, batched, 0))(arrays, rows, w.new, w.at, queries)
 
 
 def _lengthen(method: Method, group: Group, arrays: Any, rows: int) -> Any:

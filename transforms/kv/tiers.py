@@ -1,8 +1,8 @@
 """Where the codes of a cache live between attentions.
 
 The big segment of a store, "main", can be in host memory; sinks, recent rows, positions and scores stay on the device.
-An attention fetches the segment of its own layer and puts it back, so that no more than one layer's (and under a scan
-the next one's, which XLA streams) is on the device. Both ways a layer's whole segment is copied.
+An attention fetches the segment of its own layer and puts it back whole. Under a scan over layers only one layer's is on
+the device at a time; in an unrolled program XLA's own schedule fetches all of them before it puts the first one back.
 """
 
 from __future__ import annotations
@@ -16,15 +16,9 @@ TIERS = {"device": jax.memory.Space.Device, "host": jax.memory.Space.Host}
 SEGMENT = "main"
 
 
-def fetch(arrays: Any, tier: str, after: Any = ()) -> Any:
-    """The buffers of a layer, all on the device; not fetched before `after` is computed.
-
-    Else XLA would fetch all layers of an unrolled program at its beginning.
-    """
-    if tier == "device":
-        return arrays
-    arrays, _ = jax.lax.optimization_barrier((arrays, after))
-    return _moved(arrays, TIERS["device"])
+def fetch(arrays: Any, tier: str) -> Any:
+    """The buffers of a layer, all on the device."""
+    return arrays if tier == "device" else _moved(arrays, TIERS["device"])
 
 
 def put(arrays: Any, tier: str) -> Any:
