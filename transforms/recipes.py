@@ -7,7 +7,7 @@ from typing import Any
 
 from stowax.pallas_kernels.codecs import Gear, per_channel, per_token
 
-from .kv import Method, selectors
+from .kv import Merge, Method, selectors
 
 
 def full() -> Method:
@@ -87,6 +87,27 @@ def xquant(bits: int = 4, *, group: int = 128, residual: int = 0, sinks: int = 0
     codec = per_token(f"int{bits}-g{group}-asym")
     name, paper = f"xquant{bits}{_kept(residual, sinks)}", "https://arxiv.org/abs/2508.10395"
     return Method(name, codec, None, residual, sinks, input=True, paper=paper)
+
+
+def minicache(
+    bits: int | None = 4,
+    *,
+    group: int = 32,
+    t: float = 0.6,
+    apart: float = 0.05,
+    start: float = 0.5,
+    residual: int = 64,
+    sinks: int = 4,
+) -> Method:
+    """MiniCache (https://arxiv.org/abs/2405.14366): from the middle layer on, pairs of layers share directions.
+
+    A share `apart` of the tokens is not merged. `bits` per token for directions and for the layers and tokens that are
+    not merged; None for the cache's own dtype. The newest `residual` tokens and the `sinks` are kept in full.
+    """
+    codec = None if bits is None else per_token(f"int{bits}-g{group}-asym")
+    name, paper = f"minicache{bits or ''}", "https://arxiv.org/abs/2405.14366"
+    merge = Merge(t, apart, start)
+    return Method(name, codec, codec, residual, sinks, merge=merge, paper=paper)
 
 
 def select(name: str, budget: int | float, **options: Any) -> Method:

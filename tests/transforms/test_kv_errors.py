@@ -11,7 +11,7 @@ import pytest
 import stowax as sx
 from stowax import models
 from stowax.pallas_kernels.codecs import per_channel, per_token
-from stowax.transforms.kv import Method
+from stowax.transforms.kv import Merge, Method
 
 CONFIG = models.LlamaConfig(
     vocab_size=50, dim=32, layers=2, heads=4, kv_heads=2, head_dim=16, ffn_dim=64
@@ -58,6 +58,10 @@ BAD = {
     "an unknown tier": (lambda: Method("m", tier="disk"), ValueError, "`tier` is 'disk'"),
     "an input and a codec for values": (
         lambda: Method("m", value=per_token("int8"), input=True), ValueError, "`input` stores one row"),
+    "a merge and a selector": (
+        lambda: Method("m", selector=sx.recipes.select("h2o", 8).selector, merge=Merge()),
+        ValueError, "`merge` keeps a direction"),
+    "a share above all": (lambda: sx.recipes.minicache(apart=2), ValueError, "`apart` is 2"),
     "an input of unknown width": (
         lambda: applied(sx.recipes.xquant()).init_cache(shapes()), ValueError, "only the program tells"),
     "a pattern without a cache": (

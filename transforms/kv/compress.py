@@ -49,11 +49,28 @@ def methods_of(groups: Sequence[Group], rules: Rules) -> dict[str, Method]:
     Groups are layers, in the order in which the program reads them.
     """
     found = {}
-    for i, group in enumerate(groups):
-        rule = next((m for pattern, m in rules if re.search(pattern, group.name)), None)
-        if rule is not None:
-            found[group.leaves[0][0]] = store.fitted(rule, group, i, len(groups))
+    chosen = [next((m for p, m in rules if re.search(p, g.name)), None) for g in groups]
+    for i, (group, rule) in enumerate(zip(groups, chosen)):
+        if rule is None:
+            continue
+        place, count = i, len(groups)
+        if rule.merge is not None:  # among the layers that are merged alike
+            alike = [g for g, m in zip(groups, chosen) if m == rule and g.layers == 1]
+            _check_alike(rule, alike)
+            place, count = (alike.index(group), len(alike)) if group.layers == 1 else (0, 1)
+        found[group.leaves[0][0]] = store.fitted(rule, group, place, count)
     return found
+
+
+def _check_alike(method: Method, groups: Sequence[Group]) -> None:
+    """Raises where layers that are merged have different geometries."""
+    of = lambda g: (g.batch, g.heads, g.length, [(s.role, s.width, s.dtype) for s in g.streams])
+    other = next((g for g in groups if of(g) != of(groups[0])), None)
+    if other is not None:
+        raise ValueError(
+            f"{groups[0].name} and {other.name} have different heads, lengths or widths, so {method.name} can't merge "
+            "them: give each kind a rule of its own"
+        )
 
 
 def chosen(caches: Caches, methods: dict[str, Method]) -> Caches:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ..core import compat
 from ..core.interpret import Recorder
 from ..core.program import Program
-from . import tiers
+from . import depth, tiers
 from .defer import LAYOUT
 from .expr import Cell, Node, is_rooted, walk
 from .find import Caches, stream_key
@@ -22,7 +22,7 @@ from .rewrite import CacheRun, Store
 from .source import find_source
 from .spec import Group
 from .state import KVState, Moved
-from .store import Working, absorb, is_ragged, placed, working
+from .store import Working, absorb, is_ragged, placed, stored, working
 from .writes import Positions
 
 
@@ -143,8 +143,9 @@ class Emit(CacheRun):
         arrays = store.arrays
         if is_ragged(arrays):
             raise ValueError(
-                f"{store.group.name}: layers have different budgets, and the program reads them from one stack at an "
-                "index. Use a recipe with equal budgets, or a model that scans over its layers' caches."
+                f"{store.group.name}: layers have buffers of different sizes, and the program reads them from one stack "
+                "at an index. Use a recipe with equal budgets and without `merge`, or a model that scans over its layers' "
+                "caches."
             )
         if found.index is not None:
             index = self.array(found.index[1])
@@ -299,6 +300,7 @@ def run(
         cells[name] = Cell(name, shape, leaf.dtype, (), store)
         values.append(cells[name].node())
     emit.history.fix(v for v, name in zip(values, program.names) if name)
+    _across(stores, methods, depth.spread)
     out = emit.run(program.jaxpr, values)
     place = {j: leaf for leaf, j in caches.outputs.items()}
     out = [v if j in place else emit.array(v, None, "it is a result") for j, v in enumerate(out)]
@@ -306,11 +308,40 @@ def run(
         emit.result(out[j], "the program")
     for store in stores.values():
         emit.close(store)
+    _across(stores, methods, depth.merge)
     body, _ = compat.open_jaxpr(program.jaxpr)
     avals: list[Any] = [v.aval for v in body.outvars]
     shapes = {leaf: tuple(avals[j].shape) for leaf, j in caches.outputs.items()}
     returned = lambda leaf: _returned(stores, caches, leaf, shapes, methods)
     return [returned(place[j]) if j in place else v for j, v in enumerate(out)]
+
+
+def _across(stores: dict[str, Store], methods: dict[str, Method], change: Any) -> None:
+    """Changes the buffers of merged layers, which are stacked or have stores of their own."""
+    chains: dict[Method, list[tuple[Method, Store]]] = {}
+    for owner, store in stores.items():
+        method = methods[owner]
+        if method.merge is None:
+            continue
+        if is_ragged(store.arrays):
+            layers = _changed(change, method, store.group, store.arrays["layers"])
+            store.arrays = {"layers": layers}
+            continue
+        rule = dataclasses.replace(method, merge=dataclasses.replace(method.merge, layer=None))
+        chains.setdefault(rule, []).append((method, store))
+    for rule, chain in chains.items():
+        chain.sort(key=lambda pair: pair[0].merge.layer)
+        group = chain[0][1].group
+        layers = _changed(change, rule, group, [store.arrays for _, store in chain])
+        for (_, store), arrays in zip(chain, layers):
+            store.arrays = arrays
+
+
+def _changed(change: Any, method: Method, group: Any, layers: list[Any]) -> list[Any]:
+    """In whatever tier the buffers are."""
+    group = stored(method, group)
+    layers = [tiers.fetch(x, method.tier) for x in layers]
+    return [tiers.put(x, method.tier) for x in change(method, group, layers)]
 
 
 def _returned(

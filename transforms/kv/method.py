@@ -7,12 +7,13 @@ from typing import Any
 
 from stowax.pallas_kernels.codecs import RowCodec, per_token
 
+from .merge import Merge
 from .tiers import TIERS
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One point in what is stored x selector x codec x tier.
+    """One point in what is stored x selector x codec x merge x tier.
 
     Attributes:
       name: for reports.
@@ -24,6 +25,7 @@ class Method:
         chooses them, head by head. The newest `residual` tokens keep all.
       input: the rows that keys and values are made of are stored, by `key`'s codec, and keys and values are computed
         again at each attention (XQuant); see `source`.
+      merge: pairs of layers share directions; see `depth`.
       tier: where the stored rows live, "device" or "host"; see `tiers`.
       paper: where the method is from.
     """
@@ -36,6 +38,7 @@ class Method:
     selector: Any = None
     channels: float = 1.0
     input: bool = False
+    merge: Merge | None = None
     tier: str = "device"
     paper: str = ""
 
@@ -54,6 +57,12 @@ class Method:
             raise ValueError(
                 f"`input` stores one row a token for keys and values, so {self.name!r} can't have a `selector`, "
                 "`channels` or a codec for `value`: leave those out"
+            )
+        if self.merge and (self.selector is not None or self.channels < 1 or self.block > 1):
+            raise ValueError(
+                f"`merge` keeps a direction for each token of two layers, so {self.name!r} can't have a `selector`, "
+                "`channels` or a codec that encodes tokens together: use a codec per token, such as "
+                "`per_token('int4-g32')`"
             )
         if self.channels < 1 and self.selector is not None:
             raise ValueError(

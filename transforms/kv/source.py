@@ -62,7 +62,7 @@ class Source:
         return x.reshape(shape_of(self.value)).astype(self.value.dtype)
 
     def rebuild(self, run: Any, found: Attention, rows: jax.Array) -> list[jax.Array]:
-        """Rows ``[B, K, S, H]`` of each stream that `found` reads, from rows ``[B, 1, S, D]`` at positions 0 to S - 1."""
+        """Rows ``[B, K, S, H]`` of each stream that `found` reads, from rows ``[B, 1, S, D]`` at 0 to S - 1."""
         b, _, s, d = rows.shape
         n = -(-s // self.rows)
         pad = jnp.pad(rows, ((0, 0), (0, 0), (0, n * self.rows - s), (0, 0)))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import direct, slots, tiers
+from . import depth, direct, slots, tiers
 from .method import Method
 from .spec import Group
 
@@ -39,6 +39,10 @@ class Working:
 def fitted(method: Method, group: Group, layer: int = 0, layers: int = 1) -> Method:
     """The method for a group: its share of the budget, and no selector where every token has room."""
     selector = method.selector
+    if method.merge is not None and group.layers == 1:
+        return dataclasses.replace(
+            method, merge=dataclasses.replace(method.merge, layer=(layer, layers))
+        )
     if selector is None:
         return method
     if layers > 1 and selector.layers is not None:
@@ -66,6 +70,11 @@ def stored(method: Method, group: Group) -> Group:
 
 def check(method: Method, group: Group) -> None:
     """Raises where the method can't keep caches of this geometry."""
+    if method.merge is not None and group.grows:
+        raise ValueError(
+            f"{group.name}: the program makes this cache longer at each call, which merged layers can't follow; use a "
+            "method without `merge`, or a cache of fixed length"
+        )
     if method.selector is not None:
         slots.check(method, group)
 
@@ -76,6 +85,11 @@ def shapes(method: Method, group: Group) -> Any:
     stacked = lambda tree, lead: jax.tree.map(
         lambda s: jax.ShapeDtypeStruct((*lead, group.batch, *s.shape), s.dtype), tree
     )
+    if method.merge is not None:
+        sides = method.merge.sides(group)
+        if len(sides) == 1:
+            return stacked(depth.init(method, group, sides[0]), group.stack)
+        return {"layers": [stacked(depth.init(method, group, side), ()) for side in sides]}
     if method.selector is None:
         return stacked(direct.init(method, group), group.stack)
     layers = [slots.sizes(method, group, i, group.layers) for i in range(group.layers)]
@@ -87,7 +101,7 @@ def shapes(method: Method, group: Group) -> Any:
 def empty(method: Method, group: Group) -> Any:
     """The buffers of a group, with nothing in them."""
     found = shapes(method, group)
-    make = direct.empty if method.selector is None else slots.empty
+    make = depth.empty if method.selector is None else slots.empty
     new = {"layers": list(map(make, found["layers"]))} if is_ragged(found) else make(found)
     return tiers.put(new, method.tier)
 
@@ -144,7 +158,7 @@ def layer_nbytes(method: Method, group: Group) -> tuple[Bytes, ...]:
 
 def _layer_bytes(method: Method, group: Group, arrays: Any, stack: int) -> Bytes:
     count = lambda tree: sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(tree))
-    names = direct.BY_HEAD if method.selector is None else slots.by_head(method)
+    names = depth.BY_HEAD if method.selector is None else slots.by_head(method)
     names = () if method.input else names  # one row for all heads
     total, own = (count(t) // stack for t in (arrays, [arrays[n] for n in names if n in arrays]))
     return Bytes(own // group.heads, total - own, total)
@@ -162,7 +176,7 @@ def working(
         return Working(rows, positions, live, new, at, how)
 
     def one(a: Any, n: Any, p: Any) -> Any:
-        kept = direct.rows(method, group, a)
+        kept = (depth if depth.is_merged(a) else direct).rows(method, group, a)
         if how == "behind":
             return [jnp.concatenate([x[:, : group.length], y], axis=1) for x, y in zip(kept, n)]
         if group.grows:
@@ -195,6 +209,9 @@ def absorb(
     if group.grows:
         arrays = _lengthen(method, group, arrays, w.new[0].shape[2])
     rows = w.rows if w.stored is None else w.stored
+    if depth.is_merged(arrays):
+        keep = lambda a, r, n, p: depth.absorb(group, a, r, n, p, w.how)
+        return jax.vmap(keep, (0, 0, 0, batched))(arrays, rows, w.new, w.at)
     keep = lambda a, r, n, p, q: direct.absorb(method, group, a, r, n, p, w.how, q)
     return jax.vmap(keep, (0, 0, 0, batched, 0))(arrays, rows, w.new, w.at, queries)
 

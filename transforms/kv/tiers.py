@@ -1,8 +1,8 @@
 """Where the codes of a cache live between attentions.
 
 The big segment of a store, "main", can be in host memory; sinks, recent rows, positions and scores stay on the device.
-An attention fetches the segment of its own layer and puts it back whole. Under a scan over layers only one layer's is on
-the device at a time; in an unrolled program XLA's own schedule fetches all of them before it puts the first one back.
+An attention fetches the segment of its own layer and puts it back whole. Under a scan over layers only one layer's is
+on the device at a time; in an unrolled program XLA's own schedule fetches all of them before it puts one back.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ def on_host(arrays: Any, tier: str) -> list[Any]:
     """The leaves that live in host memory."""
     if tier != "host":
         return []
-    parts = arrays["layers"] if "layers" in arrays else [arrays]
-    return jax.tree.leaves([part[SEGMENT] for part in parts])
+    parts = arrays.get("layers", [arrays])
+    return jax.tree.leaves([part[SEGMENT] for part in parts if SEGMENT in part])
 
 
 def _moved(arrays: Any, space: Any) -> Any:
     if "layers" in arrays:
         return {"layers": [_moved(part, space) for part in arrays["layers"]]}
+    if SEGMENT not in arrays:
+        return arrays
     return arrays | {SEGMENT: jax.device_put(arrays[SEGMENT], space)}
