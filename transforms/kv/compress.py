@@ -85,7 +85,8 @@ def look(
     program: Program, rules: Rules, *, masks: bool = False
 ) -> tuple[Caches, dict[str, Method]]:
     """What a program does with its caches, and the method of each group."""
-    found = find(program, program.caches, masks=masks)
+    sources = any(m is not None and m.input for _, m in rules)
+    found = find(program, program.caches, masks=masks, sources=sources)
     methods = methods_of(found.groups, rules)
     inputs = [g for g in found.groups if (m := methods.get(g.leaves[0][0])) and m.input]
     new = {g.name: dataclasses.replace(g, source=_source(found, g)) for g in inputs}

@@ -143,9 +143,9 @@ class Emit(CacheRun):
         arrays = store.arrays
         if is_ragged(arrays):
             raise ValueError(
-                f"{store.group.name}: layers have buffers of different sizes, and the program reads them from one stack "
-                "at an index. Use a recipe with equal budgets and without `merge`, or a model that scans over its layers' "
-                "caches."
+                f"{store.group.name}: layers have buffers of different sizes, and the program reads them from one "
+                "stack at an index. Use a recipe with equal budgets and without `merge`, or a model that scans over its "
+                "layers' caches."
             )
         if found.index is not None:
             index = self.array(found.index[1])

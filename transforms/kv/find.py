@@ -31,7 +31,7 @@ class Caches:
       outputs: for each leaf of a group, its place among the program's results.
       escapes: names of groups whose attention weights are used outside the attention.
       postponed: each `cond` of which only some branches attend, by identity.
-      sources: by name of a group, what gives its `Source` or raises LayoutError.
+      sources: by name of a group, what gives its `Source` or raises LayoutError; where it was asked for.
     """
 
     groups: tuple[Group, ...]
@@ -49,8 +49,8 @@ class Caches:
 class Probe(CacheRun):
     """Records attentions, and the names of their `masks`; nothing is computed."""
 
-    def __init__(self, masks: bool) -> None:
-        super().__init__(strict=False, history=True)
+    def __init__(self, masks: bool, sources: bool) -> None:
+        super().__init__(strict=False, history=sources)
         self.masks = masks
         self.sources: dict[str, Callable[[], Source]] = {}
         self.groups: dict[frozenset[str], Group] = {}
@@ -98,11 +98,14 @@ class Probe(CacheRun):
         return jnp.zeros(node.shape, node.dtype)
 
 
-def find(program: Program, names: Sequence[str], *, masks: bool = False) -> Caches:
-    """Looks at the leaves `names` of a program (one for each traced leaf, "" for no cache); names `masks` on demand."""
+def find(
+    program: Program, names: Sequence[str], *, masks: bool = False, sources: bool = False
+) -> Caches:
+    """Looks at the leaves `names` of a program (one for each traced leaf, "" for no cache); names `masks`
+    and keeps what gives `sources` on demand."""
     refused: dict[str, str] = {}
     while True:
-        probe = Probe(masks)
+        probe = Probe(masks, sources)
         try:
             outputs = _probe(probe, program, names, refused)
         except Unfit as error:
