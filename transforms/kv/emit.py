@@ -144,8 +144,8 @@ class Emit(CacheRun):
         if is_ragged(arrays):
             raise ValueError(
                 f"{store.group.name}: layers have buffers of different sizes, and the program reads them from one "
-                "stack at an index. Use a recipe with equal budgets and without `merge`, or a model that scans over its "
-                "layers' caches."
+                "stack at an index. Use a recipe with equal budgets and without `merge`, or a model that scans over "
+                "its layers' caches."
             )
         if found.index is not None:
             index = self.array(found.index[1])
@@ -318,7 +318,7 @@ def run(
 
 def _across(stores: dict[str, Store], methods: dict[str, Method], change: Any) -> None:
     """Changes the buffers of merged layers, which are stacked or have stores of their own."""
-    chains: dict[Method, list[tuple[Method, Store]]] = {}
+    chains: dict[Method, list[tuple[Any, Store]]] = {}
     for owner, store in stores.items():
         method = methods[owner]
         if method.merge is None:
@@ -328,9 +328,9 @@ def _across(stores: dict[str, Store], methods: dict[str, Method], change: Any) -
             store.arrays = {"layers": layers}
             continue
         rule = dataclasses.replace(method, merge=dataclasses.replace(method.merge, layer=None))
-        chains.setdefault(rule, []).append((method, store))
+        chains.setdefault(rule, []).append((method.merge.layer, store))
     for rule, chain in chains.items():
-        chain.sort(key=lambda pair: pair[0].merge.layer)
+        chain.sort(key=lambda pair: pair[0])
         group = chain[0][1].group
         layers = _changed(change, rule, group, [store.arrays for _, store in chain])
         for (_, store), arrays in zip(chain, layers):

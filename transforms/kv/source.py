@@ -21,7 +21,7 @@ from stowax.pallas_kernels.codecs import LayoutError
 from ..core import compat
 from ..core.interpret import Interpreter
 from .axes import Atom, fresh
-from .defer import Deferral, Scalar
+from .defer import Deferral, Scalar, labels_of
 from .expr import Node, is_node, is_rooted, shape_of, walk
 from .history import History
 from .match import Attention, new_rows
@@ -169,7 +169,7 @@ def _unwrapped(history: History, x: Any) -> Any:
         if isinstance(x, Scalar):
             x = x.value
             continue
-        made = x if is_node(x) else history.of(x)
+        made: Any = x if is_node(x) else history.of(x)
         op = made.eqn.primitive.name if made is not None and made.eqn is not None else ""
         if op in ("convert_element_type", "reshape", "squeeze", "broadcast_in_dim"):
             x = made.inputs[0]
@@ -194,7 +194,7 @@ def _laid_out(run: Any, found: Attention, value: Any, starts: tuple) -> Source:
                 tokens += theirs
             elif atoms and set(atoms) <= set(_batch(read)):
                 batch += theirs
-    here = [a for dim in follow.axes.labels(follow.root.labels) for a in dim]
+    here = [a for dim in follow.axes.labels(labels_of(follow.root)) for a in dim]
     ours = [list(dict.fromkeys(follow.axes.resolve(atoms))) for atoms in (batch, tokens)]
     rest = [a for a in here if a not in ours[0] and a not in ours[1]]
     follow.check(set(ours[1]))
@@ -203,7 +203,8 @@ def _laid_out(run: Any, found: Attention, value: Any, starts: tuple) -> Source:
         raise LayoutError("a row of its keys or values is not made of one token's row")
     order = tuple(here.index(a) for a in (*ours[0], *ours[1], *rest))
     width = math.prod(a.size for a in rest)
-    return Source(value, starts, tuple(a.size for a in here), order, *sizes, width)
+    axes = tuple(a.size for a in here)
+    return Source(value, starts, axes, order, sizes[0], sizes[1], width)
 
 
 def _batch(read: Any) -> list[Atom]:
