@@ -169,8 +169,10 @@ def _unwrapped(history: History, x: Any) -> Any:
         if isinstance(x, Scalar):
             x = x.value
             continue
-        made: Any = x if is_node(x) else history.of(x)
-        op = made.eqn.primitive.name if made is not None and made.eqn is not None else ""
+        made = x if is_node(x) else history.of(x)
+        if made is None or made.eqn is None:
+            return x
+        op = made.eqn.primitive.name
         if op in ("convert_element_type", "reshape", "squeeze", "broadcast_in_dim"):
             x = made.inputs[0]
         elif op == "select_n":
