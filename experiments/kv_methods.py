@@ -28,6 +28,13 @@ METHODS: dict[str, Callable[[], Method]] = {
     "gear4": lambda: recipes.gear(4),
     "gear2": lambda: recipes.gear(2),
     "think": recipes.think,
+    "xquant8": lambda: recipes.xquant(8),
+    "xquant4": recipes.xquant,
+    "xquant4-g32": lambda: recipes.xquant(4, group=32),
+    "minicache4": recipes.minicache,
+    "minicache4-only": lambda: recipes.minicache(residual=0, sinks=0),
+    "minicache": lambda: recipes.minicache(None, residual=0, sinks=0),
+    "kv4-host": lambda: recipes.offload(recipes.kv4()),
 }
 
 

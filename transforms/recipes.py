@@ -1,4 +1,4 @@
-"""Named KV methods: each one a point in selector x codec, with the paper that it is from."""
+"""Named KV methods: each one a point in selector x codec x tier, with the paper that it is from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from stowax.pallas_kernels.codecs import Gear, per_channel, per_token
 
-from .kv import Method, selectors
+from .kv import Merge, Method, selectors
 
 
 def full() -> Method:
@@ -77,6 +77,39 @@ def think(keep: float = 0.6, *, residual: int = 128) -> Method:
     return Method(name, residual=residual, channels=keep, paper=paper)
 
 
+def xquant(bits: int = 4, *, group: int = 128, residual: int = 0, sinks: int = 0) -> Method:
+    """XQuant (https://arxiv.org/abs/2508.10395): the input of each layer in few bits, per token, in place of keys and
+    values, which are computed again at each attention.
+
+    Pays where a layer's input is narrower than keys and values together (no or few shared heads). Differs from the
+    paper: without its latents for shared heads (an SVD of the weights) and its differences between layers.
+    """
+    codec = per_token(f"int{bits}-g{group}-asym")
+    name, paper = f"xquant{bits}{_kept(residual, sinks)}", "https://arxiv.org/abs/2508.10395"
+    return Method(name, codec, None, residual, sinks, input=True, paper=paper)
+
+
+def minicache(
+    bits: int | None = 4,
+    *,
+    group: int = 32,
+    t: float = 0.6,
+    apart: float = 0.05,
+    start: float = 0.5,
+    residual: int = 64,
+    sinks: int = 4,
+) -> Method:
+    """MiniCache (https://arxiv.org/abs/2405.14366): from the middle layer on, pairs of layers share directions.
+
+    A share `apart` of the tokens is not merged. `bits` per token for directions and for the layers and tokens that are
+    not merged; None for the cache's own dtype. The newest `residual` tokens and the `sinks` are kept in full.
+    """
+    codec = None if bits is None else per_token(f"int{bits}-g{group}-asym")
+    name, paper = f"minicache{bits or ''}", "https://arxiv.org/abs/2405.14366"
+    merge = Merge(t, apart, start)
+    return Method(name, codec, codec, residual, sinks, merge=merge, paper=paper)
+
+
 def select(name: str, budget: int | float, **options: Any) -> Method:
     """Keeps `budget` tokens for each head, chosen by a selector.
 
@@ -100,6 +133,14 @@ def combine(tokens: Method, rows: Method) -> Method:
         )
     name = f"{tokens.name}-{rows.name}"
     return dataclasses.replace(tokens, name=name, key=rows.key, value=rows.value)
+
+
+def offload(method: Method) -> Method:
+    """`method` with its stored rows in host memory, fetched layer by layer: ``offload(kv4())``.
+
+    Sinks and recent rows stay on the device. As the offloaded cache of Hugging Face's transformers.
+    """
+    return dataclasses.replace(method, name=f"{method.name}-host", tier="host")
 
 
 def _kept(residual: int, sinks: int) -> str:

@@ -11,7 +11,7 @@ import pytest
 import stowax as sx
 from stowax import models
 from stowax.pallas_kernels.codecs import per_channel, per_token
-from stowax.transforms.kv import Method
+from stowax.transforms.kv import Merge, Method
 
 CONFIG = models.LlamaConfig(
     vocab_size=50, dim=32, layers=2, heads=4, kv_heads=2, head_dim=16, ffn_dim=64
@@ -55,6 +55,15 @@ BAD = {
     "combined the wrong way": (
         lambda: sx.recipes.combine(sx.recipes.int8(), sx.recipes.int8()), ValueError, "select tokens"),
     "channels out of range": (lambda: sx.recipes.think(0.0), ValueError, "`channels` is 0.0"),
+    "an unknown tier": (lambda: Method("m", tier="disk"), ValueError, "`tier` is 'disk'"),
+    "an input and a codec for values": (
+        lambda: Method("m", value=per_token("int8"), input=True), ValueError, "`input` stores one row"),
+    "a merge and a selector": (
+        lambda: Method("m", selector=sx.recipes.select("h2o", 8).selector, merge=Merge()),
+        ValueError, "`merge` keeps a direction"),
+    "a share above all": (lambda: sx.recipes.minicache(apart=2), ValueError, "`apart` is 2"),
+    "an input of unknown width": (
+        lambda: applied(sx.recipes.xquant()).init_cache(shapes()), ValueError, "only the program tells"),
     "a pattern without a cache": (
         lambda: applied({"nothing": sx.recipes.int8(), "": None}).init_cache(shapes(), PARAMS, TOKENS),
         ValueError, "takes no cache"),
@@ -191,3 +200,49 @@ def test_a_used_cache_of_a_guessed_layout_is_not_thrown_away():
     moved = dataclasses.replace(used["layers"]["v"], shape=(2, 2, 48, 1, 32))
     with pytest.raises(ValueError, match="another layout"):
         other(params, TOKENS, used | {"layers": {"k": wrong, "v": moved}})
+
+
+def _attends(x, k, v, cache, at):
+    ks, vs = (
+        jax.lax.dynamic_update_slice(cache[n], y, (0, at, 0)) for n, y in (("k", k), ("v", v))
+    )
+    seen = jnp.arange(ks.shape[1]) <= at + jnp.arange(x.shape[1])[:, None]
+    scores = jnp.where(seen, jnp.einsum("btd,bsd->bts", x, ks), -1e9)
+    out = jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores, -1), vs)
+    return out, {"k": ks, "v": vs, "i": at + x.shape[1]}
+
+
+def _angles_given(params, x, angles, cache):
+    return _attends(x, x @ params * jnp.cos(angles), x @ params.T, cache, cache["i"])
+
+
+def _tokens_mixed(params, x, angles, cache):
+    shifted = jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+    return _attends(x, (x + shifted) @ params, x @ params.T, cache, cache["i"])
+
+
+def _two_inputs(params, x, angles, cache):
+    return _attends(x, x @ params, angles[None] @ params, cache, cache["i"])
+
+
+def _other_positions(params, x, angles, cache):
+    at = (cache["n"] + jnp.arange(x.shape[1])).astype(jnp.float32)
+    return _attends(x, x @ params * jnp.cos(at)[:, None], x @ params.T, cache, cache["i"])
+
+
+NO_INPUT = {
+    "angles are an argument": (_angles_given, "not known for tokens of other calls"),
+    "a token's row is made of two tokens'": (_tokens_mixed, "mixes tokens"),
+    "keys and values of different things": (_two_inputs, "not made of one value"),
+    "positions of another index": (_other_positions, "come from another value"),
+}
+
+
+@pytest.mark.parametrize("name", NO_INPUT)
+def test_keys_and_values_that_cannot_be_made_again(name):
+    step, message = NO_INPUT[name]
+    own = {"k": jnp.zeros((1, 16, 4)), "v": jnp.zeros((1, 16, 4)), "i": jnp.int32(0)}
+    own |= {"n": jnp.int32(0)}
+    fast = sx.compress_kv(sx.recipes.xquant())(step, params=0, cache=3)
+    with pytest.raises(ValueError, match=message):
+        fast.init_cache(own, jnp.eye(4), jnp.ones((1, 6, 4)), jnp.ones((6, 4)))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 import stowax as sx
 from stowax import memory_planner, models
 from stowax.pallas_kernels.codecs import per_channel, per_token
-from stowax.transforms.kv import KVState, Method, selectors
+from stowax.transforms.kv import KVState, Method, depth, selectors
 
 CONFIG = models.LlamaConfig(
     vocab_size=50, dim=32, layers=1, heads=4, kv_heads=2, head_dim=16, ffn_dim=64
@@ -27,10 +28,25 @@ CODECS = {
     "kv2": sx.recipes.kv2(residual=32),
     "gear": sx.recipes.gear(4),
     "think": sx.recipes.think(0.5, residual=16),
+    "xquant": sx.recipes.xquant(4, group=16),
+    "xquant8": sx.recipes.xquant(8, residual=8, sinks=2),
 }
 SELECTORS = {name: sx.recipes.select(name, 48) for name in selectors.SELECTORS}
 BOTH = {"h2o-int8": sx.recipes.combine(sx.recipes.select("h2o", 48), sx.recipes.int8())}
-METHODS = CODECS | SELECTORS | BOTH
+MERGED = {
+    "minicache": sx.recipes.minicache(8, group=16, start=0, residual=8),
+    "minicache-plain": sx.recipes.minicache(None, start=0, residual=0, sinks=0),
+}
+HOST = {
+    f"{name}-host": sx.recipes.offload(m)
+    for name, m in (
+        ("full", sx.recipes.full()),
+        ("kv4", CODECS["kv4"]),
+        ("h2o", SELECTORS["h2o"]),
+        ("minicache", MERGED["minicache"]),
+    )
+}
+METHODS = CODECS | SELECTORS | BOTH | MERGED | HOST
 # Selectors whose scores are of a row alone: how a text is cut into calls changes nothing.
 BY_ROW = ("streaming", "random", "knorm")
 
@@ -87,12 +103,11 @@ def test_a_prompt_is_exact_and_decoding_close(name):
     got, want = two_calls(name), full_attention()
     np.testing.assert_allclose(got[:, :60], want[:, :60], atol=2e-5)
     error = np.linalg.norm(got[:, 60:] - want[:, 60:]) / np.linalg.norm(want[:, 60:])
-    assert error < (1e-5 if name == "full" else 0.7)
-    lossless = name == "full" or METHODS[name].residual >= 60
-    assert (error > 1e-6) != lossless
+    lossless = name in ("full", "full-host", "minicache-plain") or METHODS[name].residual >= 60
+    assert error < 1e-6 if lossless else 1e-6 < error < 0.7
 
 
-@pytest.mark.parametrize("name", ["kivi", "think", "h2o", "adakv", "h2o-int8"])
+@pytest.mark.parametrize("name", ["kivi", "think", "xquant", "h2o", "adakv", "h2o-int8"])
 def test_batched_equals_single(name):
     np.testing.assert_allclose(two_calls(name)[1:], two_calls(name, 1), atol=2e-5)
 
@@ -171,7 +186,7 @@ def _cache(name, batch):
 
 # Chunks of a prompt give the cache of the whole: codecs and BY_ROW. Not `think`, whose first call chooses channels, and
 # not selectors that look at what a call's queries or neighbours were.
-@pytest.mark.parametrize("name", ["full", "int8", "kivi", "kv2", *BY_ROW])
+@pytest.mark.parametrize("name", ["full", "int8", "kivi", "kv2", "xquant", *BY_ROW])
 def test_how_a_text_is_cut_into_calls_changes_nothing(name):
     """With one layer keys and values do not depend on what was attended to: the caches must be equal."""
     whole = read(*_first(name, 2), TOKENS[:, :80], _cache(name, 2), ())[1]
@@ -223,7 +238,7 @@ def test_bytes_reported_are_those_of_the_buffers(name):
     assert row.nbytes_before == own
     assert [layer.total for layer in row.layers] == layer_buffers(state(after).arrays, 3)
     for layer in row.layers:
-        assert layer.head > 0
+        assert (layer.head > 0) != METHODS[name].input  # its rows are of all heads
         assert 2 * layer.head + layer.shared == layer.total
     if METHODS[name].selector is not None:
         assert buffers < 0.62 * own
@@ -253,7 +268,10 @@ def test_explain_tells_layers_and_heads_apart():
     assert "a head" in rows["full"].each
 
 
-@pytest.mark.parametrize("name", ["kivi", "h2o", "adakv", "pyramidkv"])
+@pytest.mark.parametrize(
+    "name",
+    ["kivi", "h2o", "adakv", "pyramidkv", "kv4-host", "xquant", "minicache", "minicache-host"],
+)
 def test_scanned_equals_unrolled(name):
     functions, params = model(layers=2)
     unrolled = models.functions(dataclasses.replace(CONFIG, layers=2), scan=False)
@@ -285,8 +303,9 @@ def test_pooled_heads_hold_different_numbers_in_the_same_bytes():
     assert state(cache).nbytes < 1.05 * state(plain).nbytes
 
 
-def test_in_a_loop_under_jit_with_donation():
-    fast, cache = made("kv4")
+@pytest.mark.parametrize("name", ["kv4", "kv4-host"])
+def test_in_a_loop_under_jit_with_donation(name):
+    fast, cache = made(name)
     step = jax.jit(fast, donate_argnums=2)
     logits, cache = step(PARAMS, TOKENS[:, :40], cache)
 
@@ -393,3 +412,91 @@ def test_a_long_prompt_in_chunks_never_holds_the_whole_cache():
     assert kept < full / 50
     assert report.temporaries < 4 * kept + 6 * scores
     assert report.peak < full / 5
+
+
+def test_merged_layers_hold_one_direction_and_their_own_magnitudes():
+    """Rows of a pair that point the same way come back as they were; those that differ most are kept apart."""
+    method = sx.recipes.minicache(None, start=0, residual=0, sinks=0, apart=0.05)
+    functions, params = model(layers=2)
+    fast = sx.compress_kv(method)(functions.step, params=0, cache=2)
+    cache = fast.init_cache(shapes(functions), params, TOKENS[:, :1])
+    first, second = state(cache).arrays["layers"]
+    sizes = [memory_planner.tree_nbytes(layer) for layer in (first, second)]
+    rows = memory_planner.tree_nbytes(shapes(functions)["layers"]) // 2
+    apart = sum(memory_planner.tree_nbytes(x["apart"]) for x in (first, second))
+    magnitudes = sum(memory_planner.tree_nbytes(x["magnitude"]) for x in (first, second))
+    assert "main" not in second
+    assert sum(sizes) < rows + apart + magnitudes + 200
+    _, cache = read(fast, params, TOKENS[:, :60], cache, ())
+    own = functions.step(params, TOKENS[:, :60], functions.init_cache(2, LENGTH))[1]["layers"]
+    layers = depth.spread(method, state(cache).group, state(cache).arrays["layers"])
+    for i, layer in enumerate(layers):
+        one = jax.tree.map(lambda x: x[0], layer)
+        got = depth.rows(method, state(cache).group, one)[0][:, :60]
+        want = own["k"][i, 0].swapaxes(0, 1)[:, :60]
+        norm = lambda x: jnp.linalg.norm(x, axis=-1)
+        np.testing.assert_allclose(norm(got), norm(want), rtol=2e-3)
+        exact = np.abs(got - want).max((0, 2)) < 1e-5
+        assert exact.sum() == len(one["apart_at"][0]) if "apart_at" in one else True
+
+
+def test_a_row_between_two_directions():
+    x, y = jnp.eye(3)[0] * 2, jnp.eye(3)[1] * 5
+    np.testing.assert_allclose(depth.between(x, y, 0.0)[0], x / 2, atol=1e-6)
+    middle, angle = depth.between(x, y, 0.5)
+    np.testing.assert_allclose(middle, [0.5**0.5, 0.5**0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(angle, np.pi / 2, atol=1e-6)
+    np.testing.assert_allclose(depth.between(x, x, 0.6)[0], x / 2, atol=1e-6)
+    assert np.isfinite(depth.between(0 * x, y, 0.6)[0]).all()
+
+
+def test_codes_on_the_host_and_the_rest_on_the_device():
+    fast, cache = made("kv4-host")
+    _, cache = read(fast, PARAMS, TOKENS[:, :41], cache, (40,))
+    kind = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
+    arrays = state(cache).arrays
+    assert kind(arrays.pop("main")) == {"pinned_host"}
+    assert kind(arrays) == {"device"}
+    table = fast.explain(PARAMS, TOKENS[:, :1], cache).caches
+    row = table.rows[0]
+    assert row.nbytes_host == row.nbytes - memory_planner.tree_nbytes(arrays)
+    assert "on host" in row.after
+    assert "on host" in str(table)
+
+
+@pytest.mark.slow
+def test_the_tpu_compiler_puts_the_codes_in_host_memory():
+    """Ahead of time for a v5e: device memory falls by what the caches take, which host memory takes over."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install libtpu)")
+    plain, host = (compiled_for_tpu(m) for m in (sx.recipes.full(), HOST["full-host"]))
+    cache = memory_planner.tree_nbytes(
+        jax.eval_shape(lambda: TPU.init_cache(1, 4096, jnp.bfloat16))
+    )
+    assert plain.host == 0
+    assert host.host > 0.9 * cache
+    assert host.peak < plain.peak - 0.8 * cache
+
+
+TPU = models.functions(dataclasses.replace(CONFIG, dim=256, layers=6, head_dim=128))
+
+
+def compiled_for_tpu(method):
+    """The memory report of a decode step for a TPU v5e."""
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    from jax.experimental import topologies
+
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+
+    def placed(x):
+        kind = "pinned_host" if "<host>" in str(jax.typeof(x)) else "device"
+        sharding = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    config = dataclasses.replace(CONFIG, dim=256, layers=6, head_dim=128)
+    params = jax.eval_shape(lambda: models.init_params(config))
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    fast = sx.compress_kv(method)(TPU.step, params=0, cache=2)
+    own = jax.eval_shape(lambda: TPU.init_cache(1, 4096, jnp.bfloat16))
+    cache = jax.eval_shape(lambda: fast.init_cache(own, params, token))
+    args = jax.tree.map(placed, (params, token, cache))
+    return memory_planner.memory_report(jax.jit(fast, donate_argnums=2).lower(*args).compile())

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from stowax.pallas_kernels.codecs import LayoutError
+
 from ..core.program import Program, named_leaves, replace_leaves
 from . import emit, store
 from .find import Caches, can_hold_rows, find
@@ -47,11 +49,28 @@ def methods_of(groups: Sequence[Group], rules: Rules) -> dict[str, Method]:
     Groups are layers, in the order in which the program reads them.
     """
     found = {}
-    for i, group in enumerate(groups):
-        rule = next((m for pattern, m in rules if re.search(pattern, group.name)), None)
-        if rule is not None:
-            found[group.leaves[0][0]] = store.fitted(rule, group, i, len(groups))
+    chosen = [next((m for p, m in rules if re.search(p, g.name)), None) for g in groups]
+    for i, (group, rule) in enumerate(zip(groups, chosen)):
+        if rule is None:
+            continue
+        place, count = i, len(groups)
+        if rule.merge is not None:  # among the layers that are merged alike
+            alike = [g for g, m in zip(groups, chosen) if m == rule and g.layers == 1]
+            _check_alike(rule, alike)
+            place, count = (alike.index(group), len(alike)) if group.layers == 1 else (0, 1)
+        found[group.leaves[0][0]] = store.fitted(rule, group, place, count)
     return found
+
+
+def _check_alike(method: Method, groups: Sequence[Group]) -> None:
+    """Raises where layers that are merged have different geometries."""
+    of = lambda g: (g.batch, g.heads, g.length, [(s.role, s.width, s.dtype) for s in g.streams])
+    other = next((g for g in groups if of(g) != of(groups[0])), None)
+    if other is not None:
+        raise ValueError(
+            f"{groups[0].name} and {other.name} have different heads, lengths or widths, so {method.name} can't merge "
+            "them: give each kind a rule of its own"
+        )
 
 
 def chosen(caches: Caches, methods: dict[str, Method]) -> Caches:
@@ -62,10 +81,34 @@ def chosen(caches: Caches, methods: dict[str, Method]) -> Caches:
     return dataclasses.replace(caches, groups=groups, outputs=outputs)
 
 
+def look(
+    program: Program, rules: Rules, *, masks: bool = False
+) -> tuple[Caches, dict[str, Method]]:
+    """What a program does with its caches, and the method of each group."""
+    sources = any(m is not None and m.input for _, m in rules)
+    found = find(program, program.caches, masks=masks, sources=sources)
+    methods = methods_of(found.groups, rules)
+    inputs = [g for g in found.groups if (m := methods.get(g.leaves[0][0])) and m.input]
+    new = {g.name: dataclasses.replace(g, source=_source(found, g)) for g in inputs}
+    groups = tuple(new.get(g.name, g) for g in found.groups)
+    return dataclasses.replace(found, groups=groups), methods
+
+
+def _source(found: Caches, group: Group) -> Stream:
+    """The stream that keys and values of a group are made of. Raises ValueError where there is none."""
+    try:
+        source = found.sources[group.name]()
+    except LayoutError as error:
+        raise ValueError(
+            f"{group.name}: {error}. Give it a method that stores keys and values, or keep it with a rule "
+            f"`{{{group.name!r}: None}}`."
+        ) from None
+    return Stream(group.leaves[0][0], (), "input", source.width, group.streams[0].dtype)
+
+
 def run(program: Program, rules: Rules, strict: bool) -> list[Any]:
     """The results of a call on compressed caches."""
-    found = find(program, program.caches)
-    methods = methods_of(found.groups, rules)
+    found, methods = look(program, rules)
     _check(found, rules, methods, strict)
     caches = chosen(found, methods)
     leaves = [
@@ -157,8 +200,7 @@ def _check_unused(state: KVState, name: str) -> None:
 
 def init(cache: Any, program: Program, rules: Rules, strict: bool) -> Any:
     """The compressed cache of a program, empty."""
-    found = find(program, program.caches)
-    methods = methods_of(found.groups, rules)
+    found, methods = look(program, rules)
     _check(found, rules, methods, strict)
     return _replaced(cache, found.groups, methods, False)
 
@@ -169,8 +211,17 @@ def guess(cache: Any, rules: Rules) -> Any:
     methods = methods_of(groups, rules)
     for group in groups:
         if (method := methods.get(group.leaves[0][0])) is not None:
+            _check_guessable(method, group)
             store.check(method, group)
     return _replaced(cache, groups, methods, True)
+
+
+def _check_guessable(method: Method, group: Group) -> None:
+    if method.input:
+        raise ValueError(
+            f"{group.name}: {method.name} stores what keys and values are made of, whose width only the program tells: "
+            "pass the other arguments of a call too, as in `fast.init_cache(cache, params, tokens)`"
+        )
 
 
 def _replaced(
@@ -243,9 +294,8 @@ def _is_value(name: str) -> bool:
 
 def explain(program: Program, rules: Rules) -> CacheTable:
     """A row for each cache of a program, compressed or not."""
-    found = find(program, program.caches, masks=True)
+    found, methods = look(program, rules, masks=True)
     rows = []
-    methods = methods_of(found.groups, rules)
     for group in found.groups:
         method = methods.get(group.leaves[0][0])
         sites = [s for s in found.sites if s.group == group.name]

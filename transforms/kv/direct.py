@@ -57,17 +57,24 @@ def rows(method: Method, group: Group, arrays: Arrays) -> list[jax.Array]:
     if not group.length:
         return [jnp.zeros((group.heads, 0, s.width), s.dtype) for s in group.streams]
     out = []
-    at = jnp.where(arrays["recent_at"] < 0, padded(method, group), arrays["recent_at"])
     for i, s in enumerate(group.streams):
         codec = method.codec(s.role, s.dtype)
         x = codec.decode(arrays["main"][i], method.width(s.role, s.width)).astype(s.dtype)
         if x.shape[-1] < s.width:
             x = _spread(x, arrays["channels"], s.width)
-        sinks = arrays["sinks"][i]
+        out.append(x)
+    return overlaid(out, arrays, padded(method, group))
+
+
+def overlaid(rows: Sequence[jax.Array], arrays: Arrays, slots: int) -> list[jax.Array]:
+    """Rows ``[K, slots, D]`` of each stream with sinks and recent ones in their places."""
+    at = jnp.where(arrays["recent_at"] < 0, slots, arrays["recent_at"])
+    out = []
+    for x, sinks, recent in zip(rows, arrays["sinks"], arrays["recent"]):
         if sinks.shape[1]:
             x = x.at[:, : sinks.shape[1]].set(sinks)
         if at.size:
-            x = x.at[:, at].set(arrays["recent"][i], mode="drop")
+            x = x.at[:, at].set(recent, mode="drop")
         out.append(x)
     return out
 
@@ -111,7 +118,7 @@ def absorb(
         out["channels"] = _channels(arrays, new, queries)
     for i, s in enumerate(group.streams):
         codec = method.codec(s.role, s.dtype)
-        write = _write_tokens if codec.block == 1 else _write_blocks
+        write = write_tokens if codec.block == 1 else _write_blocks
         rows, fresh = placed[i], new[i]
         if method.width(s.role, s.width) < s.width:
             rows, fresh = (_take(x, out["channels"]) for x in (rows, fresh))
@@ -119,7 +126,7 @@ def absorb(
         out["main"].append(main)
         sinks = arrays["sinks"][i]
         out["sinks"].append(placed[i][:, : sinks.shape[1]] if sinks.shape[1] else sinks)
-    return out | _recent(arrays, new, at, how)
+    return out | recent(arrays, new, at, how)
 
 
 def _channels(arrays: Arrays, new: Sequence[jax.Array], queries: jax.Array) -> jax.Array:
@@ -144,7 +151,7 @@ def _spread(x: jax.Array, channels: jax.Array, width: int) -> jax.Array:
     return jnp.einsum("ksc,kcd->ksd", x, hot)
 
 
-def _write_tokens(codec: Any, parts: Any, placed: Any, new: Any, at: Any, how: str) -> Any:
+def write_tokens(codec: Any, parts: Any, placed: Any, new: Any, at: Any, how: str) -> Any:
     codes = codec.encode(new.astype(jnp.float32))
 
     def write(old: jax.Array, part: jax.Array) -> jax.Array:
@@ -183,7 +190,7 @@ def _write_blocks(codec: Any, parts: Any, placed: Any, new: Any, at: Any, how: s
     return jax.lax.fori_loop(0, new.shape[1], one, parts)
 
 
-def _recent(arrays: Arrays, new: Sequence[jax.Array], at: jax.Array, how: str) -> Arrays:
+def recent(arrays: Arrays, new: Sequence[jax.Array], at: jax.Array, how: str) -> Arrays:
     """The newest rows: a ring in the order in which they came."""
     labels, total = arrays["recent_at"], new[0].shape[1]
     size = labels.shape[0]
@@ -194,6 +201,6 @@ def _recent(arrays: Arrays, new: Sequence[jax.Array], at: jax.Array, how: str) -
     labels = jnp.where(jnp.any(labels[:, None] == at[None], axis=1), -1, labels)
     n = min(total, size)
     slot = (arrays["count"] + total - n + jnp.arange(n, dtype=jnp.int32)) % size
-    recent = [x.at[:, slot].set(y[:, total - n :]) for x, y in zip(arrays["recent"], new)]
+    rows = [x.at[:, slot].set(y[:, total - n :]) for x, y in zip(arrays["recent"], new)]
     labels = labels.at[slot].set(at[total - n :])
-    return {"recent": recent, "recent_at": labels, "count": arrays["count"] + total}
+    return {"recent": rows, "recent_at": labels, "count": arrays["count"] + total}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ..core import compat
 from ..core.interpret import Recorder
 from ..core.program import Program
+from . import depth, tiers
 from .defer import LAYOUT
 from .expr import Cell, Node, is_rooted, walk
 from .find import Caches, stream_key
@@ -18,8 +19,10 @@ from .match import Attention, new_rows
 from .method import Method
 from .replay import Replay, Rows, attend, reduced
 from .rewrite import CacheRun, Store
+from .source import find_source
+from .spec import Group
 from .state import KVState, Moved
-from .store import Working, absorb, is_ragged, working
+from .store import Working, absorb, is_ragged, placed, stored, working
 from .writes import Positions
 
 
@@ -51,7 +54,8 @@ class Emit(CacheRun):
         methods: dict[str, Method],
         recorder: Recorder | None = None,
     ):
-        super().__init__(strict=strict, recorder=recorder)
+        history = any(m.input for m in methods.values())
+        super().__init__(strict=strict, recorder=recorder, history=history)
         self.caches, self.methods = caches, methods
         self.postponed |= caches.postponed
 
@@ -92,7 +96,7 @@ class Emit(CacheRun):
                 "not see the attention of every call; use a recipe without a selector, or one that looks at keys or "
                 "positions (`streaming`, `keydiff`)"
             )
-        return Opened(found, store.arrays, None)
+        return Opened(found, tiers.fetch(store.arrays, method.tier), None)
 
     def method(self, store: Store) -> Method:
         return self.methods[store.group.leaves[0][0]]
@@ -139,12 +143,14 @@ class Emit(CacheRun):
         arrays = store.arrays
         if is_ragged(arrays):
             raise ValueError(
-                f"{store.group.name}: layers have different budgets, and the program reads them from one stack at an "
-                "index. Use a recipe with equal budgets, or a model that scans over its layers' caches."
+                f"{store.group.name}: layers have buffers of different sizes, and the program reads them from one "
+                "stack at an index. Use a recipe with equal budgets and without `merge`, or a model that scans over "
+                "its layers' caches."
             )
         if found.index is not None:
             index = self.array(found.index[1])
             arrays = jax.tree.map(lambda x: _entry(x, index, found), arrays)
+        arrays = tiers.fetch(arrays, self.method(store).tier)
         return Opened(found, arrays, self.work(store, found, arrays))
 
     def work(self, store: Store, found: Attention, arrays: Any) -> Working:
@@ -165,7 +171,22 @@ class Emit(CacheRun):
         at, how = self.positions(found)
         if found.start == "grow" and not group.grows:
             how = "behind"
-        return working(self.method(store), group, arrays, new, at, how)
+        method = self.method(store)
+        if method.input:
+            return self.work_input(found, method, group, arrays, new, at)
+        return working(method, group, arrays, new, at, how)
+
+    def work_input(
+        self, found: Attention, method: Method, group: Group, arrays: Any, new: Any, at: jax.Array
+    ) -> Working:
+        """Keys and values of the stored rows, computed again; the new ones as they are."""
+        assert group.source is not None
+        source = find_source(self, found)
+        rows = source.to_rows(self.array(source.value)).astype(group.source.dtype)
+        w = working(method, group, arrays, [rows], at, "run")
+        made = dict(zip(map(stream_key, found.reads), source.rebuild(self, found, w.rows[0])))
+        kept = [made[s].astype(x.dtype) for s, x in zip(group.streams, new)]
+        return dataclasses.replace(w, rows=placed(kept, new, at), stored=w.rows)
 
     def positions(self, found: Attention) -> tuple[jax.Array, str]:
         """``int32[T]`` or ``int32[B, T]``, S or more for rows to drop; and how they lie."""
@@ -202,7 +223,7 @@ class Emit(CacheRun):
             w = self.work(store, found, opened.arrays)
         stats = _for_slots(opened.stats, w)
         arrays = absorb(method, store.group, opened.arrays, w, stats, queries)
-        arrays = jax.lax.stop_gradient(arrays)
+        arrays = tiers.put(jax.lax.stop_gradient(arrays), method.tier)
         if opened.found.index is not None:
             index = self.array(opened.found.index[1])
             stack = opened.found.reads[0].cell.stack
@@ -278,6 +299,8 @@ def run(
         shape = next(s for n, s, _ in group.leaves if n == name)
         cells[name] = Cell(name, shape, leaf.dtype, (), store)
         values.append(cells[name].node())
+    emit.history.fix(v for v, name in zip(values, program.names) if name)
+    _across(stores, methods, depth.spread)
     out = emit.run(program.jaxpr, values)
     place = {j: leaf for leaf, j in caches.outputs.items()}
     out = [v if j in place else emit.array(v, None, "it is a result") for j, v in enumerate(out)]
@@ -285,11 +308,40 @@ def run(
         emit.result(out[j], "the program")
     for store in stores.values():
         emit.close(store)
+    _across(stores, methods, depth.merge)
     body, _ = compat.open_jaxpr(program.jaxpr)
     avals: list[Any] = [v.aval for v in body.outvars]
     shapes = {leaf: tuple(avals[j].shape) for leaf, j in caches.outputs.items()}
     returned = lambda leaf: _returned(stores, caches, leaf, shapes, methods)
     return [returned(place[j]) if j in place else v for j, v in enumerate(out)]
+
+
+def _across(stores: dict[str, Store], methods: dict[str, Method], change: Any) -> None:
+    """Changes the buffers of merged layers, which are stacked or have stores of their own."""
+    chains: dict[Method, list[tuple[Any, Store]]] = {}
+    for owner, store in stores.items():
+        method = methods[owner]
+        if method.merge is None:
+            continue
+        if is_ragged(store.arrays):
+            layers = _changed(change, method, store.group, store.arrays["layers"])
+            store.arrays = {"layers": layers}
+            continue
+        rule = dataclasses.replace(method, merge=dataclasses.replace(method.merge, layer=None))
+        chains.setdefault(rule, []).append((method.merge.layer, store))
+    for rule, chain in chains.items():
+        chain.sort(key=lambda pair: pair[0])
+        group = chain[0][1].group
+        layers = _changed(change, rule, group, [store.arrays for _, store in chain])
+        for (_, store), arrays in zip(chain, layers):
+            store.arrays = arrays
+
+
+def _changed(change: Any, method: Method, group: Any, layers: list[Any]) -> list[Any]:
+    """In whatever tier the buffers are."""
+    group = stored(method, group)
+    layers = [tiers.fetch(x, method.tier) for x in layers]
+    return [tiers.put(x, method.tier) for x in change(method, group, layers)]
 
 
 def _returned(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from .expr import Cell, Node, is_rooted
 from .masks import mask_name
 from .match import Attention, Read
 from .rewrite import CacheRun, Store, Unfit
+from .source import Source, find_source
 from .spec import Group, Refused, Site, Stream
 
 
@@ -29,6 +31,7 @@ class Caches:
       outputs: for each leaf of a group, its place among the program's results.
       escapes: names of groups whose attention weights are used outside the attention.
       postponed: each `cond` of which only some branches attend, by identity.
+      sources: by name of a group, what gives its `Source` or raises LayoutError; where it was asked for.
     """
 
     groups: tuple[Group, ...]
@@ -37,6 +40,7 @@ class Caches:
     outputs: dict[str, int]
     escapes: frozenset[str]
     postponed: frozenset[int] = frozenset()
+    sources: Mapping[str, Callable[[], Source]] = dataclasses.field(default_factory=dict)
 
     def group_of(self, leaf: str) -> Group | None:
         return next((g for g in self.groups for name, _, _ in g.leaves if name == leaf), None)
@@ -45,9 +49,10 @@ class Caches:
 class Probe(CacheRun):
     """Records attentions, and the names of their `masks`; nothing is computed."""
 
-    def __init__(self, masks: bool) -> None:
-        super().__init__(strict=False)
+    def __init__(self, masks: bool, sources: bool) -> None:
+        super().__init__(strict=False, history=sources)
         self.masks = masks
+        self.sources: dict[str, Callable[[], Source]] = {}
         self.groups: dict[frozenset[str], Group] = {}
         self.sites: list[Site] = []
         self.escapes: set[str] = set()
@@ -64,6 +69,7 @@ class Probe(CacheRun):
         known = self.groups.setdefault(key, group)
         if known != group:
             raise Unfit(sorted(key), "attentions read it in different layouts")
+        self.sources.setdefault(group.name, functools.partial(find_source, self, found))
         mask = mask_name(self, found) if self.masks else ""
         where = compat.where(found.eqn)
         self.sites.append(Site(group.name, where, found.rows, found.describe(), mask))
@@ -93,11 +99,14 @@ class Probe(CacheRun):
         return jnp.zeros(node.shape, node.dtype)
 
 
-def find(program: Program, names: Sequence[str], *, masks: bool = False) -> Caches:
-    """Looks at the leaves `names` of a program (one for each traced leaf, "" for no cache); names `masks` on demand."""
+def find(
+    program: Program, names: Sequence[str], *, masks: bool = False, sources: bool = False
+) -> Caches:
+    """Looks at the leaves `names` of a program (one for each traced leaf, "" for no cache); names `masks`
+    and keeps what gives `sources` on demand."""
     refused: dict[str, str] = {}
     while True:
-        probe = Probe(masks)
+        probe = Probe(masks, sources)
         try:
             outputs = _probe(probe, program, names, refused)
         except Unfit as error:
@@ -125,6 +134,7 @@ def find(program: Program, names: Sequence[str], *, masks: bool = False) -> Cach
         {leaf: i for leaf, i in outputs.items() if leaf in grouped},
         frozenset(probe.escapes),
         frozenset(probe.postponed),
+        probe.sources,
     )
 
 
@@ -153,6 +163,7 @@ def _probe(
 
     def run(arrays: list[Any]) -> None:
         given = dict(zip(plain, arrays))
+        probe.history.fix(x for i, x in given.items() if program.names[i])
         values = [given[i] if i in given else cells[name].node() for i, name in enumerate(names)]
         for j, value in enumerate(probe.run(program.jaxpr, values)):
             cell = probe.result(value, "the program")

@@ -1,4 +1,4 @@
-"""A KV method: which tokens are kept, and how their rows are stored."""
+"""A KV method: which tokens are kept, how their rows are stored, and where."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Any
 
 from stowax.pallas_kernels.codecs import RowCodec, per_token
 
+from .merge import Merge
+from .tiers import TIERS
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One point in selector x codec (x merge x tier).
+    """One point in what is stored x selector x codec x merge x tier.
 
     Attributes:
       name: for reports.
@@ -20,6 +23,10 @@ class Method:
       selector: which tokens are kept; None for all.
       channels: the share of each key's channels that is kept, those that queries meet most (ThinK); the first call
         chooses them, head by head. The newest `residual` tokens keep all.
+      input: the rows that keys and values are made of are stored, by `key`'s codec, and keys and values are computed
+        again at each attention (XQuant); see `source`.
+      merge: pairs of layers share directions; see `depth`.
+      tier: where the stored rows live, "device" or "host"; see `tiers`.
       paper: where the method is from.
     """
 
@@ -30,6 +37,9 @@ class Method:
     sinks: int = 0
     selector: Any = None
     channels: float = 1.0
+    input: bool = False
+    merge: Merge | None = None
+    tier: str = "device"
     paper: str = ""
 
     def __post_init__(self) -> None:
@@ -37,8 +47,23 @@ class Method:
             n = getattr(self, field)
             if not isinstance(n, int) or n < 0:
                 raise ValueError(f"`{field}` is {n!r}; expected a number of tokens, 0 or more")
+        if self.tier not in TIERS:
+            raise ValueError(f"`tier` is {self.tier!r}; expected one of {list(TIERS)}")
         if not 0 < self.channels <= 1:
             raise ValueError(f"`channels` is {self.channels}; expected a share in (0, 1]")
+        if self.input and (
+            self.selector is not None or self.channels < 1 or self.value is not None
+        ):
+            raise ValueError(
+                f"`input` stores one row a token for keys and values, so {self.name!r} can't have a `selector`, "
+                "`channels` or a codec for `value`: leave those out"
+            )
+        if self.merge and (self.selector is not None or self.channels < 1 or self.block > 1):
+            raise ValueError(
+                f"`merge` keeps a direction for each token of two layers, so {self.name!r} can't have a `selector`, "
+                "`channels` or a codec that encodes tokens together: use a codec per token, such as "
+                "`per_token('int4-g32')`"
+            )
         if self.channels < 1 and self.selector is not None:
             raise ValueError(
                 f"`channels` and `selector` are both set in {self.name!r}; give one of them"

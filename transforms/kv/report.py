@@ -24,6 +24,7 @@ class CacheRow:
       layout: sizes: stacked layers, batch B, heads K, tokens S, elements of a row D.
       method: how it is kept; "" for as it was.
       nbytes_before, nbytes: bytes of the buffers.
+      nbytes_host: those of `nbytes` that are in host memory.
       tokens: tokens that the program's cache has room for, all layers and rows of the batch together.
       sites: the attentions that read it.
       layers: bytes of each layer, by head and shared; () for as it was.
@@ -39,6 +40,7 @@ class CacheRow:
     sites: tuple[Site, ...]
     reason: str = ""
     layers: tuple[store.Bytes, ...] = ()
+    nbytes_host: int = 0
 
     @classmethod
     def of(cls, group: Group, method: Method | None, sites: Sequence[Site]) -> CacheRow:
@@ -49,9 +51,13 @@ class CacheRow:
         reason = "kept by a rule" if method is None else ""
         name = "" if method is None else method.name
         tokens = group.length * group.batch
-        layers = () if method is None else store.layer_nbytes(method, group)
+        if method is None:
+            layers, host = (), 0
+        else:
+            layers, host = store.layer_nbytes(method, group), store.nbytes_host(method, group)
+        sites = tuple(sites)
         return cls(
-            group.name, layout, name, group.nbytes, after, tokens, tuple(sites), reason, layers
+            group.name, layout, name, group.nbytes, after, tokens, sites, reason, layers, host
         )
 
     @classmethod
@@ -59,6 +65,14 @@ class CacheRow:
         nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize
         layout = f"{leaf.dtype.name}[{','.join(map(str, leaf.shape))}]"
         return cls(name, layout, "", nbytes, nbytes, 0, (), reason)
+
+    @property
+    def after(self) -> str:
+        """Bytes on the device and on the host."""
+        if not self.nbytes_host:
+            return format_bytes(self.nbytes)
+        device = format_bytes(self.nbytes - self.nbytes_host)
+        return f"{device} + {format_bytes(self.nbytes_host)} on host"
 
     @property
     def each(self) -> str:
@@ -88,7 +102,12 @@ class CacheTable(ByteTable):
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "nbytes_before": self.nbytes_before,
             "nbytes": self.nbytes,
+            "nbytes_host": self.nbytes_host,
         }
+
+    @property
+    def nbytes_host(self) -> int:
+        return sum(row.nbytes_host for row in self.rows)
 
     def cells(self) -> list[tuple[object, ...]]:
         return [
@@ -97,7 +116,7 @@ class CacheTable(ByteTable):
                 row.layout,
                 row.method or "-",
                 format_bytes(row.nbytes_before),
-                format_bytes(row.nbytes),
+                row.after,
                 f"{row.nbytes / row.tokens:,.0f}" if row.tokens else "",
                 row.each,
                 row.how,
@@ -106,7 +125,10 @@ class CacheTable(ByteTable):
         ]
 
     def total(self) -> str:
-        return self.saved("caches compressed", sum(bool(row.method) for row in self.rows))
+        line = self.saved("caches compressed", sum(bool(row.method) for row in self.rows))
+        return line + (
+            f", {format_bytes(self.nbytes_host)} of it on host" if self.nbytes_host else ""
+        )
 
 
 def _span(counts: Sequence[int]) -> str:

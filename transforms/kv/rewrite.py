@@ -24,6 +24,7 @@ from ..core.interpret import Interpreter, Recorder
 from ..core.program import is_packed
 from .defer import LAYOUT, Deferral, Scalar, literal, make
 from .expr import DONE, Cell, Node, View, is_node, is_rooted, shape_of
+from .history import History
 from .match import Attention, Read, match, reads_of, stored
 from .store import is_ragged
 
@@ -62,9 +63,10 @@ class Store:
 class CacheRun(Interpreter, Deferral):
     """See the module."""
 
-    def __init__(self, *, strict: bool, recorder: Recorder | None = None):
+    def __init__(self, *, strict: bool, recorder: Recorder | None = None, history: bool = False):
         Interpreter.__init__(self, strict=strict, recorder=recorder)
         Deferral.__init__(self)
+        self.history = History(history)
         self.scopes: list[dict[int, tuple[Node, Any]]] = [{}]
         self.origin: dict[int, tuple[Any, Node]] = {}
         self.postponed: set[int] = set()  # conds of which only some branches attend
@@ -90,7 +92,16 @@ class CacheRun(Interpreter, Deferral):
 
     # evaluation
 
+    def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
+        self.history.fix(compat.open_jaxpr(jaxpr)[1])
+        return super().run(jaxpr, values)
+
     def step(self, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+        out = self._step(eqn, values)
+        self.history.note(eqn, values, out)
+        return out
+
+    def _step(self, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         name = eqn.primitive.name
         if not any(map(is_node, values)):
             return self._plain(eqn, values, name)
@@ -319,6 +330,7 @@ class CacheRun(Interpreter, Deferral):
             mine = list(values)
             for i, x in zip(slots, arrays):
                 mine[i] = x
+            self.history.inherit(values, mine)
             out, cells = self.results(eqn, self.run(body, mine))
             found.append(cells)
             touched.append([store.opened for store in stores])
@@ -542,7 +554,9 @@ def _scan(run: CacheRun, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         run.enter(loop.inner, [*states, *slices])
         known = [s.opened for s in outside]
         carry_cells, x_cells = loop.cells(loop.carry, 0), loop.cells(loop.xs, 1)
-        mine = [*_given(carry_cells, arrays), *_given(x_cells, rows)]
+        given = _given(x_cells, rows)
+        run.history.inherit(xs, given)
+        mine = [*_given(carry_cells, arrays), *given]
         out = run.run(p["jaxpr"], [*consts, *mine])
         moved, cells = run.results(eqn, out[:n_carry])
         for got, want, value in zip(cells, carry_cells, out):

@@ -15,7 +15,7 @@ class Stream:
     Attributes:
       leaf: path of the cache's leaf.
       part: which part of the leaf's axes, where it holds more than one stream: ``((axis, start, size), ...)``.
-      role: "key", "value", or "both" (latent attention).
+      role: "key", "value", "both" (latent attention), or "input" (what keys and values are made of).
       width: elements of a row, D.
       dtype: of the leaf.
     """
@@ -38,6 +38,7 @@ class Group:
       batch, heads: B and K.
       length: tokens that the program's cache has room for, S.
       grows: each call makes the program's cache longer (a concatenated cache).
+      source: the rows that keys and values are made of, where those are stored instead.
     """
 
     leaves: tuple[tuple[str, tuple[int, ...], str], ...]
@@ -47,6 +48,7 @@ class Group:
     heads: int
     length: int
     grows: bool = False
+    source: Stream | None = None
 
     @property
     def name(self) -> str:

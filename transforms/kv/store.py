@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import direct, slots
+from . import depth, direct, slots, tiers
 from .method import Method
 from .spec import Group
 
@@ -24,6 +24,7 @@ class Working:
       new: the new rows, ``[B, K, T, D]``.
       at: their positions, ``int32[T]`` or ``int32[B, T]``.
       how: how the positions lie; see `direct.place`.
+      stored: what `rows` are made of, where that is stored instead; then `new` are rows of that too.
     """
 
     rows: list[jax.Array]
@@ -32,11 +33,16 @@ class Working:
     new: list[jax.Array]
     at: jax.Array
     how: str
+    stored: list[jax.Array] | None = None
 
 
 def fitted(method: Method, group: Group, layer: int = 0, layers: int = 1) -> Method:
     """The method for a group: its share of the budget, and no selector where every token has room."""
     selector = method.selector
+    if method.merge is not None and group.layers == 1:
+        return dataclasses.replace(
+            method, merge=dataclasses.replace(method.merge, layer=(layer, layers))
+        )
     if selector is None:
         return method
     if layers > 1 and selector.layers is not None:
@@ -54,17 +60,36 @@ def fitted(method: Method, group: Group, layer: int = 0, layers: int = 1) -> Met
     return dataclasses.replace(method, selector=None, **kept)
 
 
+def stored(method: Method, group: Group) -> Group:
+    """The geometry of what is stored: keys and values, or what they are made of, one row for all heads."""
+    if not method.input:
+        return group
+    assert group.source is not None
+    return dataclasses.replace(group, streams=(group.source,), heads=1)
+
+
 def check(method: Method, group: Group) -> None:
     """Raises where the method can't keep caches of this geometry."""
+    if method.merge is not None and group.grows:
+        raise ValueError(
+            f"{group.name}: the program makes this cache longer at each call, which merged layers can't follow; use a "
+            "method without `merge`, or a cache of fixed length"
+        )
     if method.selector is not None:
         slots.check(method, group)
 
 
 def shapes(method: Method, group: Group) -> Any:
     """The buffers of a group, as shapes. Layers of different sizes are a list."""
+    group = stored(method, group)
     stacked = lambda tree, lead: jax.tree.map(
         lambda s: jax.ShapeDtypeStruct((*lead, group.batch, *s.shape), s.dtype), tree
     )
+    if method.merge is not None:
+        sides = method.merge.sides(group)
+        if len(sides) == 1:
+            return stacked(depth.init(method, group, sides[0]), group.stack)
+        return {"layers": [stacked(depth.init(method, group, side), ()) for side in sides]}
     if method.selector is None:
         return stacked(direct.init(method, group), group.stack)
     layers = [slots.sizes(method, group, i, group.layers) for i in range(group.layers)]
@@ -76,11 +101,9 @@ def shapes(method: Method, group: Group) -> Any:
 def empty(method: Method, group: Group) -> Any:
     """The buffers of a group, with nothing in them."""
     found = shapes(method, group)
-    if method.selector is None:
-        return direct.empty(found)
-    if "layers" in found:
-        return {"layers": list(map(slots.empty, found["layers"]))}
-    return slots.empty(found)
+    make = depth.empty if method.selector is None else slots.empty
+    new = {"layers": list(map(make, found["layers"]))} if is_ragged(found) else make(found)
+    return tiers.put(new, method.tier)
 
 
 def is_ragged(arrays: Any) -> bool:
@@ -98,7 +121,15 @@ def is_used(arrays: Any) -> bool:
 
 def nbytes(method: Method, group: Group) -> int:
     """Bytes of the buffers."""
-    leaves = jax.tree.leaves(shapes(method, group))
+    return _total(jax.tree.leaves(shapes(method, group)))
+
+
+def nbytes_host(method: Method, group: Group) -> int:
+    """Those of them that are in host memory."""
+    return _total(tiers.on_host(shapes(method, group), method.tier))
+
+
+def _total(leaves: list[Any]) -> int:
     return sum(math.prod(s.shape) * s.dtype.itemsize for s in leaves)
 
 
@@ -107,7 +138,7 @@ class Bytes:
     """Bytes of one layer's buffers, the whole batch.
 
     Attributes:
-      head: of each head, equal for all; 0 where heads share the buffers of the selection (pooled).
+      head: of each head, equal for all; 0 where heads share the buffers of the selection (pooled) or the rows (input).
       shared: what belongs to no head: positions, counts, pooled slots.
       total: all of it.
     """
@@ -127,7 +158,8 @@ def layer_nbytes(method: Method, group: Group) -> tuple[Bytes, ...]:
 
 def _layer_bytes(method: Method, group: Group, arrays: Any, stack: int) -> Bytes:
     count = lambda tree: sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(tree))
-    names = direct.BY_HEAD if method.selector is None else slots.by_head(method)
+    names = depth.BY_HEAD if method.selector is None else slots.by_head(method)
+    names = () if method.input else names  # one row for all heads
     total, own = (count(t) // stack for t in (arrays, [arrays[n] for n in names if n in arrays]))
     return Bytes(own // group.heads, total - own, total)
 
@@ -136,6 +168,7 @@ def working(
     method: Method, group: Group, arrays: Any, new: list[jax.Array], at: jax.Array, how: str
 ) -> Working:
     """The rows to attend to: those kept, and the new ones as they are."""
+    group = stored(method, group)
     batched = 0 if at.ndim == 2 else None
     if method.selector is not None:
         view = jax.vmap(lambda a, n, p: slots.working(method, group, a, n, p, how), (0, 0, batched))
@@ -143,7 +176,7 @@ def working(
         return Working(rows, positions, live, new, at, how)
 
     def one(a: Any, n: Any, p: Any) -> Any:
-        kept = direct.rows(method, group, a)
+        kept = (depth if depth.is_merged(a) else direct).rows(method, group, a)
         if how == "behind":
             return [jnp.concatenate([x[:, : group.length], y], axis=1) for x, y in zip(kept, n)]
         if group.grows:
@@ -158,10 +191,16 @@ def working(
     return Working(rows, None, None, new, at, how)
 
 
+def placed(kept: list[jax.Array], new: list[jax.Array], at: jax.Array) -> list[jax.Array]:
+    """Rows ``[B, K, S, D]`` with new ones at consecutive positions."""
+    return jax.vmap(lambda k, n: direct.place(k, n, at, "run"))(kept, new)
+
+
 def absorb(
     method: Method, group: Group, arrays: Any, w: Working, stats: Any, queries: Any = None
 ) -> Any:
     """The buffers with the new rows stored; for a selector, what it looks at."""
+    group = stored(method, group)
     batched = 0 if w.at.ndim == 2 else None
     if method.selector is not None:
         total = w.at.shape[-1]
@@ -169,8 +208,12 @@ def absorb(
         return jax.vmap(keep)(arrays, w.rows, w.positions, w.live, stats, queries)
     if group.grows:
         arrays = _lengthen(method, group, arrays, w.new[0].shape[2])
+    rows = w.rows if w.stored is None else w.stored
+    if depth.is_merged(arrays):
+        keep = lambda a, r, n, p: depth.absorb(group, a, r, n, p, w.how)
+        return jax.vmap(keep, (0, 0, 0, batched))(arrays, rows, w.new, w.at)
     keep = lambda a, r, n, p, q: direct.absorb(method, group, a, r, n, p, w.how, q)
-    return jax.vmap(keep, (0, 0, 0, batched, 0))(arrays, w.rows, w.new, w.at, queries)
+    return jax.vmap(keep, (0, 0, 0, batched, 0))(arrays, rows, w.new, w.at, queries)
 
 
 def _lengthen(method: Method, group: Group, arrays: Any, rows: int) -> Any:
