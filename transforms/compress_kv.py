@@ -17,13 +17,17 @@ class KVTransform(Applicable, CompressKV):
     __repr__ = CompressKV.__repr__
 
 
-def compress_kv(rules: Method | Mapping[str, Method | None]) -> KVTransform:
+def compress_kv(
+    rules: Method | Mapping[str, Method | None], *, private_pages: bool = False
+) -> KVTransform:
     """Keeps the KV caches of a model compressed.
 
     Args:
       rules: a method for every cache (see `stowax.recipes`), or patterns with a method each, None to keep:
         ``{"layers/0/": None, "": sx.recipes.kv4()}``. A pattern is a regular expression searched in the path that
         the leaves of an attention's cache have in common (``layers/0/k+v``); the first one found decides.
+      private_pages: that pages of a paged pool belong to one row of the batch each, and are empty when they go to
+        another. Compressed, each row has tokens of its own, so without this promise a pool is an error.
 
     Returns:
       A transform: ``compress_kv(...)(step, params=0, cache=2)`` is a `Transformed` whose cache argument and result are
@@ -50,4 +54,5 @@ def compress_kv(rules: Method | Mapping[str, Method | None]) -> KVTransform:
                 f"`rules[{pattern!r}]` is {type(method).__name__}; expected a recipe or None"
             )
     check_patterns(rules)
-    return KVTransform(tuple(rules.items()))
+    told = lambda m: m and dataclasses.replace(m, private_pages=m.private_pages or private_pages)
+    return KVTransform(tuple((pattern, told(method)) for pattern, method in rules.items()))

@@ -12,6 +12,7 @@ import stowax as sx
 from stowax import models
 from stowax.pallas_kernels.codecs import per_channel, per_token
 from stowax.transforms.kv import Merge, Method
+from tests.transforms.kv_forms import FORMS
 
 CONFIG = models.LlamaConfig(
     vocab_size=50, dim=32, layers=2, heads=4, kv_heads=2, head_dim=16, ffn_dim=64
@@ -246,3 +247,11 @@ def test_keys_and_values_that_cannot_be_made_again(name):
     fast = sx.compress_kv(sx.recipes.xquant())(step, params=0, cache=3)
     with pytest.raises(ValueError, match=message):
         fast.init_cache(own, jnp.eye(4), jnp.ones((1, 6, 4)), jnp.ones((6, 4)))
+
+
+def test_a_paged_pool_needs_a_promise():
+    """Pages that rows share would be lost without a word."""
+    form = next(f for f in FORMS if f.name == "paged")
+    fast = sx.compress_kv(sx.recipes.int8())(form.step, params=0, cache=2)
+    with pytest.raises(ValueError, match=r"is a pool of pages.*private_pages=True"):
+        fast.init_cache(form.cache, form.params, form.inputs[0])

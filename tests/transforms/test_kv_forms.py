@@ -31,7 +31,8 @@ every_form = pytest.mark.parametrize("form", FORMS, ids=[f.name for f in FORMS])
 
 def outputs_of(form: Form, method, calls: int):
     """The outputs with a compressed cache, those of the form itself, and the last `explain`."""
-    fast = sx.compress_kv(method)(form.step, params=0, cache=2, strict=False)
+    apply = sx.compress_kv(method, private_pages=True)
+    fast = apply(form.step, params=0, cache=2, strict=False)
     cache = fast.init_cache(form.cache, form.params, form.inputs[0])
     last = []
     jit = jax.jit if "bf16" not in form.name else lambda f: f  # XLA rounds bfloat16 where it likes

@@ -151,6 +151,13 @@ def check_fit(method: Method, group: Group, caches: Caches) -> None:
             f"{group.name}: its rows or attention weights are also used outside the attention, so tokens can't be "
             f"evicted. Use a recipe without a selector for it, or keep it with a rule `{{{group.name!r}: None}}`."
         )
+    if group.paged and not method.private_pages:
+        raise ValueError(
+            f"{group.name} is a pool of pages. Compressed, each row of the batch has tokens of its own, so pages that "
+            "rows share (a common prefix), or that change hands with their contents, would be lost: pass "
+            "`private_pages=True` to `compress_kv` if no page does that, or keep it with a rule "
+            f"`{{{group.name!r}: None}}`."
+        )
     store.check(method, group)
 
 

@@ -196,7 +196,8 @@ def _group(found: Attention) -> Group:
     streams = dict.fromkeys(map(_stream, reads))
     grows = found.start == "grow" if isinstance(found.start, str) else False
     length = found.length - (found.rows if grows else 0)
-    return Group(leaves, tuple(streams), stack, read.batch, read.heads, length, grows)
+    paged = any(cell.pages is not None for cell in cells.values())
+    return Group(leaves, tuple(streams), stack, read.batch, read.heads, length, grows, paged)
 
 
 def _stream(read: Read) -> Stream:

@@ -27,6 +27,7 @@ class Method:
         again at each attention (XQuant); see `source`.
       merge: pairs of layers share directions; see `depth`.
       tier: where the stored rows live, "device" or "host"; see `tiers`.
+      private_pages: the user's word that a paged pool's pages belong to one row of the batch each; see `compress_kv`.
       paper: where the method is from.
     """
 
@@ -40,6 +41,7 @@ class Method:
     input: bool = False
     merge: Merge | None = None
     tier: str = "device"
+    private_pages: bool = False
     paper: str = ""
 
     def __post_init__(self) -> None:

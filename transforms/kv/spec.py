@@ -38,6 +38,7 @@ class Group:
       batch, heads: B and K.
       length: tokens that the program's cache has room for, S.
       grows: each call makes the program's cache longer (a concatenated cache).
+      paged: it is a pool of pages, found by a block table.
       source: the rows that keys and values are made of, where those are stored instead.
     """
 
@@ -48,6 +49,7 @@ class Group:
     heads: int
     length: int
     grows: bool = False
+    paged: bool = False
     source: Stream | None = None
 
     @property
