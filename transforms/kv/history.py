@@ -48,7 +48,7 @@ class History:
             if is_node(value) or id(value) in self.made:
                 continue
             self.made[id(value)] = Made(value, eqn, i, tuple(inputs), len(self.made))
-            if found == () or (found is not None and not is_scalar(value)):
+            if found is not None and not (found and is_scalar(value)):
                 self.known[id(value)] = value, found
 
     def fix(self, values: Iterable[Any]) -> None:

@@ -24,7 +24,7 @@ from .axes import Atom, fresh
 from .defer import Deferral, Scalar, labels_of
 from .expr import Node, is_node, is_rooted, shape_of, walk
 from .history import History
-from .match import Attention, new_rows
+from .match import Attention, Read, new_rows
 
 _INLINED = (
     "jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint",
@@ -72,7 +72,7 @@ class Source:
             known = {id(self.value): self.from_rows(part)}
             for x in self.starts:
                 known[id(x)] = start.astype(x.dtype).reshape(shape_of(x))
-            values = [again(run, r.write.value, known) for r in found.reads]
+            values = [again(run, _written(r), known) for r in found.reads]
             return [new_rows(run, r, found.token, v) for r, v in zip(found.reads, values)]
 
         made = jax.vmap(one)(parts, jnp.arange(n, dtype=jnp.int32) * self.rows)
@@ -98,7 +98,7 @@ def again(run: Any, value: Any, known: dict[int, Any]) -> Any:
 
 def find_source(run: Any, found: Attention) -> Source:
     """Raises LayoutError where keys and values can't be computed again."""
-    heads = [None if r.write is None else r.write.value for r in found.reads]
+    heads = [_written(r) for r in found.reads]
     if isinstance(found.start, str) or any(x is None or callable(x) for x in heads):
         raise LayoutError("its rows are not written by a `dynamic_update_slice` at one place")
     why = ""
@@ -109,6 +109,11 @@ def find_source(run: Any, found: Attention) -> Source:
         except LayoutError as error:
             why = why or str(error)
     raise LayoutError(why)
+
+
+def _written(read: Read) -> Any:
+    """The new rows of a stream as the program has them; None where it is read before they are written."""
+    return None if read.write is None else read.write.value
 
 
 def _ancestors(history: History, heads: list[Any]) -> list[tuple[Any, list[Any]]]:
@@ -187,7 +192,8 @@ def _laid_out(run: Any, found: Attention, value: Any, starts: tuple) -> Source:
     tokens: list[Atom] = []
     batch: list[Atom] = []
     for read in found.reads:
-        node = follow(read.write.value)
+        node = follow(_written(read))
+        assert read.write is not None
         if not is_rooted(node):
             raise LayoutError("its keys or values do not depend on it")
         for dim, theirs in zip(read.write.labels, node.labels):
