@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -125,3 +126,25 @@ def kv_over_bytes(found: Sequence[Variant], baseline: str, key: str) -> str:
     axes.margins(x=0.1, y=0.1)
     axes.grid(alpha=0.3, which="both")
     return _svg(figure)
+
+
+def times(rows: Sequence[Mapping[str, Any]], x: str, label: str, path: Path, title: str) -> None:
+    """Microseconds over `x`, a line for each codec and shape, as a PNG."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        shape = f" {row['k']}x{row['n']}" if "k" in row else ""
+        lines.setdefault(row["spec"] + shape, []).append((row[x], row["us"]))
+    figure, axes = plt.subplots(figsize=(9, 5))
+    for name, points in lines.items():
+        style = {"ls": "--", "color": "#888"} if name.startswith("bf16") else {}
+        axes.plot(*zip(*sorted(points)), marker="o", ms=4, label=name, **style)
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="kernel time, us", title=title)
+    axes.set_xticks(
+        sorted({row[x] for row in rows}), [str(v) for v in sorted({row[x] for row in rows})]
+    )
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)

@@ -1,0 +1,75 @@
+"""Times of GPU kernels: by the profiler, over operands that do not fit in the cache, and chained in a program."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+ROTATE_BYTES = 250e6  # of operands, in turn: five times the L2 cache of an H100
+
+
+def copies(nbytes: int) -> int:
+    """How many sets of operands of `nbytes` to rotate over."""
+    return max(2, int(ROTATE_BYTES / nbytes) + 1)
+
+
+def kernel_us(f: Callable[..., Any], x: Any, sets: Sequence[Any], iterations: int = 3) -> float:
+    """Microseconds on the device of ``f(x, s)``: for each of its kernels the median over `sets`, added up.
+
+    Raises:
+      RuntimeError: where there is no NVIDIA GPU to be asked.
+    """
+    from jax.experimental.mosaic.gpu import profiler
+
+    f = jax.jit(f)
+    alone = profiler.measure(f, aggregate=False, iterations=iterations)(x, sets[0])[1]
+    if not alone:
+        raise RuntimeError("the profiler saw no kernel: this needs an NVIDIA GPU")
+    every = jax.jit(lambda x, sets: [f(x, s) for s in sets])
+    found = profiler.measure(every, aggregate=False, iterations=iterations)(x, list(sets))[1]
+    by_name = lambda runs: _grouped([pair for run in runs for pair in run])
+    rotated, once = by_name(found), by_name(alone)
+    # a kernel that only the first call needs (a cast of x) is the same for all sets
+    total = 0.0
+    for name, times in once.items():
+        per_call = len(times) / iterations
+        total += per_call * statistics.median(rotated.get(name, times))
+    return 1e3 * total
+
+
+def _grouped(pairs: Sequence[tuple[str, float]]) -> dict[str, list[float]]:
+    """Milliseconds by kernel; what XLA numbers is one kernel."""
+    out: dict[str, list[float]] = {}
+    for name, ms in pairs:
+        out.setdefault(name.rstrip("0123456789_"), []).append(ms)
+    return out
+
+
+def chained_us(
+    link: Callable[[Any, Any], Any],
+    x: Any,
+    sets: Sequence[Any],
+    lengths: tuple[int, int] = (64, 256),
+) -> float:
+    """Microseconds of a link in a chain ``x = link(x, s)``, launches included: the slope between two lengths."""
+    seconds = []
+    for n in lengths:
+
+        def chain(x: Any, sets: Any, n: int = n) -> Any:
+            for i in range(n):
+                x = link(x, sets[i % len(sets)])
+            return x
+
+        run = jax.jit(chain, compiler_options={"xla_gpu_graph_min_graph_size": 1})
+        jax.block_until_ready(run(x, sets))
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            jax.block_until_ready(run(x, sets))
+            times.append(time.perf_counter() - start)
+        seconds.append(statistics.median(times))
+    return 1e6 * (seconds[1] - seconds[0]) / (lengths[1] - lengths[0])
