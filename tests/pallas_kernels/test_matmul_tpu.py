@@ -124,9 +124,9 @@ SLOW = [
 ]
 
 SCRIPT = """
-import functools, json, sys, tempfile
+import functools, json, sys
 from stowax.experiments import tpu_estimates
-tpu_estimates.prepare(tempfile.mkdtemp())
+tpu_estimates.prepare()
 import jax, jax.numpy as jnp
 from stowax.pallas_kernels import codecs
 from stowax.pallas_kernels.matmul import mosaic_tpu
