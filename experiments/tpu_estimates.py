@@ -13,7 +13,7 @@ multiplies, ``mosaic_tpu`` is our kernel.
   none; of the loop over tiles of ``xla`` it sees one trip, so time and bytes of that path are multiplied by the tiles.
   Blank where the compiler does not know an op.
 
-Expected: our kernel at int4 a third faster than what bf16 takes to read its weight on v5e (M = 16).
+Expected: our kernel at int4 and M = 16 in about 0.4 of the time in which bf16 can read its weight on v5e, 0.5 on v6e.
 """
 
 from __future__ import annotations
