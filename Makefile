@@ -2,6 +2,7 @@
 
 VENV        := .venv
 NEWEST      := .venv-newest
+TPU         := .venv-tpu
 CONSTRAINTS := constraints/jax-0.11.2.txt
 JOBS        ?= 2
 PYTEST      := -m pytest -n $(JOBS) --dist worksteal
@@ -32,6 +33,10 @@ test-slow: $(VENV)/.ready ## only the slow tests
 test-newest: $(NEWEST)/.ready ## fast tests on the newest jax that pyproject.toml allows
 	$(NEWEST)/bin/python $(PYTEST) -m "not slow" $(NEWEST_TESTS)
 
+test-tpu: $(TPU)/.ready ## what the TPU compiler takes; it needs no TPU
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(TPU)/bin/python -m pytest -k tpu_compiler \
+		tests/pallas_kernels/test_matmul_tpu.py tests/transforms/test_kv_methods.py
+
 lint: $(VENV)/.ready-dev ## ruff and pyright
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -42,7 +47,7 @@ format: $(VENV)/.ready-dev ## let ruff rewrite what it can
 	$(VENV)/bin/ruff format .
 
 clean: ## remove environments, caches and outputs
-	rm -rf $(VENV) $(NEWEST) out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(TPU) out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS) .ci/setup
 	.ci/setup $(VENV) $(CONSTRAINTS) test
@@ -56,4 +61,8 @@ $(NEWEST)/.ready: pyproject.toml constraints/jax-newest.txt .ci/setup
 	.ci/setup $(NEWEST) constraints/jax-newest.txt test
 	@touch $@
 
-.PHONY: help setup demo test test-all test-slow test-newest lint format clean
+$(TPU)/.ready: pyproject.toml $(CONSTRAINTS) .ci/setup
+	.ci/setup $(TPU) $(CONSTRAINTS) test,tpu
+	@touch $@
+
+.PHONY: help setup demo test test-all test-slow test-newest test-tpu lint format clean

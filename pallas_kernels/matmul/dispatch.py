@@ -8,13 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from ..codecs import Packed
 from ..hopper import plan_of
 from ..op import Op, one_by_one
-from . import mosaic_gpu, reference, tuned, xla
+from . import mosaic_gpu, mosaic_tpu, reference, tuned, xla
 
-IMPLEMENTATIONS = ("mosaic_gpu", "reference", "xla")
+IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "reference", "xla")
+KERNELS = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 
 
 def run(x: jax.Array, w: Packed, precision: Any, preferred: Any, name: str | None) -> jax.Array:
@@ -23,30 +25,41 @@ def run(x: jax.Array, w: Packed, precision: Any, preferred: Any, name: str | Non
         return xla.matmul(x, w, **options)
     if name == "reference":
         return reference.matmul(x, w, **options)
-    if name is not None and (reason := _refused_by_name(x, w)):
+    if name is not None and (reason := _refused_here(name, x, w)):
         raise NotImplementedError(
             f"`implementation` {name!r} can't take this matmul: {reason}. Pass None to let another path take it."
         )
-    if name is None and mosaic_gpu.refusal(x, w):
+    if all(kernel.refusal(x, w) for kernel in KERNELS.values()):
         return xla.matmul(x, w, **options)
     return PACKED_MATMUL((x, w), choose=name is None, **options)
 
 
-def _refused_by_name(x: Any, w: Packed) -> str:
-    here = "" if _is_hopper() else "this is no Hopper GPU"
-    return mosaic_gpu.refusal(x, w) or here
+def _refused_here(name: str, x: Any, w: Packed) -> str:
+    """Why a kernel can't take these on this machine; "" where it can."""
+    here = _is_hopper() if name == "mosaic_gpu" else jax.default_backend() == "tpu"
+    missing = (
+        ""
+        if here
+        else {"mosaic_gpu": "this is no Hopper GPU", "mosaic_tpu": "this is no TPU"}[name]
+    )
+    return KERNELS[name].refusal(x, w) or missing
 
 
 def describe(x: Any, w: Packed) -> str:
     """The path of a matmul here, and why no kernel takes it."""
     tiles = xla.tile_count(w)
     path = "xla: decode + dot" if tiles == 1 else f"xla: decode + dot, {tiles} tiles"
-    if jax.default_backend() != "gpu":
+    name = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(jax.default_backend())
+    if name is None:
         return path
-    reason = _refused_by_name(x, w)
-    if not reason and tuned.decodes_first(x.shape[-2]):
+    reason = _refused_here(name, x, w)
+    if not reason and name == "mosaic_gpu" and _decodes_first(x, w):
         reason = f"M = {x.shape[-2]}: decoding first is faster"
-    return f"{path} ({reason})" if reason else "mosaic_gpu: fused"
+    return f"{path} ({reason})" if reason else f"{name}: fused"
+
+
+def _decodes_first(x: Any, w: Packed) -> bool:
+    return tuned.decodes_first(plan_of(w.codec), x.shape[-2])
 
 
 @functools.cache
@@ -64,7 +77,7 @@ def _on_cuda(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
     """Lowered on a machine without a GPU, for a Hopper one."""
     x, w = operands
     other = jax.default_backend() == "gpu" and not _is_hopper()
-    if choose and (other or tuned.decodes_first(x.shape[-2])):
+    if choose and (other or mosaic_gpu.refusal(x, w) or _decodes_first(x, w)):
         return _by_xla(operands, choose=choose, **options)
     lead, (m, k), n = x.shape[:-2], x.shape[-2:], w.shape[-2]
     dtype = options["preferred_element_type"] or jnp.result_type(x.dtype, w.dtype)
@@ -72,6 +85,21 @@ def _on_cuda(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
     config = tuned.config(plan_of(w.codec), m, n, k)
     out = mosaic_gpu.matmul(folded, w.folded(range(len(lead))), config, out_dtype=dtype)
     return out.reshape(*lead, m, n)
+
+
+def _on_tpu(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
+    """Elsewhere than on a TPU jax must be told which one it is for: `jax.sharding.use_abstract_mesh`."""
+    if choose and (not _names_a_tpu() or mosaic_tpu.refusal(*operands)):
+        return _by_xla(operands, choose=choose, **options)
+    return mosaic_tpu.matmul(*operands, **options)
+
+
+def _names_a_tpu() -> bool:
+    try:
+        pltpu.get_tpu_info()
+    except ValueError:
+        return False
+    return True
 
 
 def _batched(call: Any, size: int, operands: Any, is_batched: Any) -> jax.Array:
@@ -84,4 +112,4 @@ def _batched(call: Any, size: int, operands: Any, is_batched: Any) -> jax.Array:
     return jnp.moveaxis(out.reshape(*rows.shape[:-1], out.shape[-1]), -3, 0)
 
 
-PACKED_MATMUL = Op("packed_matmul", _by_xla, {"cuda": _on_cuda}, _batched)
+PACKED_MATMUL = Op("packed_matmul", _by_xla, {"cuda": _on_cuda, "tpu": _on_tpu}, _batched)

@@ -176,10 +176,10 @@ def test_an_exported_program_picks_its_kernel_where_it_runs():
     x, w = operands("int4-g64", 8, 256, 64)
     leaves, tree = jax.tree.flatten(w)
     flat = jax.jit(lambda x, *parts: matmul(x, jax.tree.unflatten(tree, parts)))
-    exported = export.export(flat, platforms=("cpu", "cuda"))(x, *leaves)
+    exported = export.export(flat, platforms=("cpu", "cuda", "tpu"))(x, *leaves)
     assert "mosaic_gpu" in exported.mlir_module()
     again = export.deserialize(exported.serialize())
-    assert again.platforms == ("cpu", "cuda")
+    assert again.platforms == ("cpu", "cuda", "tpu")
     np.testing.assert_array_equal(again.call(x, *leaves), flat(x, *leaves))
 
 

@@ -354,6 +354,23 @@ def test_chain_with_quantize():
     assert table.caches.nbytes == state(cache).nbytes
 
 
+@pytest.mark.parametrize("name", ["int8", "pyramidkv"])
+def test_scanned_weights_stay_packed_beside_caches(name):
+    """No layer's weight is decoded outside of the loop, and none stacked."""
+    functions, params = model(layers=3)
+    both = sx.chain(sx.quantize({"embed": None, "": "int4-g16"}), sx.compress_kv(METHODS[name]))
+    fast = both(functions.step, params=0, cache=2)
+    packed = fast.encode(params, TOKENS[:, :4], shapes(functions))
+    cache = fast.init_cache(shapes(functions), packed, TOKENS[:, :4])
+    text = str(jax.make_jaxpr(fast)(packed, TOKENS[:, :4], cache))
+    up = jax.tree.leaves(params["layers"]["mlp"])[0].shape
+    assert f"u8[{up[0]}," in text
+    assert f"f32[{','.join(map(str, up))}]" not in text
+    logits, _ = jax.jit(fast)(packed, TOKENS[:, :30], cache)
+    alone = sx.quantize({"embed": None, "": "int4-g16"})(functions.forward, params=0)
+    np.testing.assert_allclose(logits, jax.jit(alone)(packed, TOKENS[:, :30]), atol=2e-4)
+
+
 def test_a_guessed_layout_is_corrected_by_the_first_call():
     """Keys in another layout than names and shapes suggest: still right, and from then on laid out right."""
 

@@ -58,7 +58,7 @@ def _scan(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     init = [
         v if i in fixed else run.array(v, eqn, "the loop changes it") for i, v in enumerate(init)
     ]
-    xs = [_stacked(run, eqn, v) for v in values[n_consts + n_carry :]]
+    xs = [stacked(run, eqn, v) for v in values[n_consts + n_carry :]]
 
     def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         full = _merge(fixed, init, carry)
@@ -79,7 +79,8 @@ def _scan(run: Interpreter, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     return [*_merge(fixed, init, carry), *ys]
 
 
-def _stacked(run: Interpreter, eqn: compat.Eqn, value: Any) -> Any:
+def stacked(run: Interpreter, eqn: compat.Eqn, value: Any) -> Any:
+    """What a scan runs over: of a packed weight its parts, the stacked axis in front."""
     if not is_packed(value):
         return value
     try:

@@ -20,6 +20,7 @@ from jax.core import Tracer
 from stowax.pallas_kernels.codecs import LayoutError
 
 from ..core import compat
+from ..core.control import stacked
 from ..core.interpret import Interpreter, Recorder
 from ..core.program import is_packed
 from .defer import LAYOUT, Deferral, Scalar, literal, make
@@ -575,16 +576,17 @@ def _scan(run: CacheRun, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         return (kept, after[:n]), ([y for y, c in zip(ys, made) if c is None], after[n:])
 
     start = [run.array(v, eqn) for v, c in zip(init, loop.carry) if c is None]
-    rows = [run.array(v, eqn) for v, c in zip(xs, loop.xs) if c is None]
+    plain = [v for v, c in zip(xs, loop.xs) if c is None]
+    rows = [run.array(v, eqn) if is_node(v) else stacked(run, eqn, v) for v in plain]
     carry = (start, loop.states(loop.carried))
     scanned = (rows, loop.states(loop.scanned))
     ragged = any(is_ragged(s.arrays) for s in loop.scanned)
     scan = _unrolled if ragged else lax.scan
-    (moved, states), (ys, stacked) = scan(
+    (moved, states), (ys, entries) = scan(
         step, carry, scanned, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
     loop.finish(loop.carried, states)
-    loop.finish(loop.scanned, stacked)
+    loop.finish(loop.scanned, entries)
     return [*_given_back(loop.carry, moved), *_given_back(ys_cells, ys)]
 
 
@@ -594,7 +596,8 @@ def _unrolled(step: Any, carry: Any, xs: Any, *, length: int, reverse: bool, unr
     entry = lambda s, i: s["layers"][i] if is_ragged(s) else jax.tree.map(lambda x: x[i], s)
     ys: list[Any] = [None] * length
     for i in reversed(range(length)) if reverse else range(length):
-        carry, ys[i] = step(carry, ([x[i] for x in rows], [entry(s, i) for s in states]))
+        row = jax.tree.map(lambda x, i=i: x[i], rows)
+        carry, ys[i] = step(carry, (row, [entry(s, i) for s in states]))
     stack = lambda *parts: jnp.stack(parts)
     out = jax.tree.map(stack, *(y for y, _ in ys))
     after = [

@@ -53,6 +53,6 @@ def _fitting(config: Config, plan: Plan, piece: int) -> Config:
     return config
 
 
-def decodes_first(m: int, device: str = "hopper") -> bool:
-    """Whether decoding the weight and then a matmul of 16-bit floats is faster."""
-    return m >= table(device)["decode_from_m"]
+def decodes_first(plan: Plan, m: int, device: str = "hopper") -> bool:
+    """Whether decoding the weight and then a matmul of 16-bit floats is faster for M rows."""
+    return m >= table(device)["decode_from_m"][str(plan.pieces)]
