@@ -15,6 +15,9 @@ from ..hopper import plan_of
 from ..op import Op, one_by_one
 from . import mosaic_gpu, mosaic_tpu, reference, tuned, xla
 
+WHOLE_BYTES = (
+    2**30
+)  # of a weight in float32 that is decoded at once for many rows (in 16 bits half of it is held)
 IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "reference", "xla")
 KERNELS = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 
@@ -54,7 +57,7 @@ def describe(x: Any, w: Packed) -> str:
         return path
     reason = _refused_here(name, x, w)
     if not reason and name == "mosaic_gpu" and _decodes_first(x, w):
-        reason = f"M = {x.shape[-2]}: decoding first is faster"
+        return f"xla: decode, then dot (M = {x.shape[-2]}: faster than fused)"
     return f"{path} ({reason})" if reason else f"{name}: fused"
 
 
@@ -77,8 +80,10 @@ def _on_cuda(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
     """Lowered on a machine without a GPU, for a Hopper one."""
     x, w = operands
     other = jax.default_backend() == "gpu" and not _is_hopper()
-    if choose and (other or mosaic_gpu.refusal(x, w) or _decodes_first(x, w)):
+    if choose and (other or mosaic_gpu.refusal(x, w)):
         return _by_xla(operands, choose=choose, **options)
+    if choose and _decodes_first(x, w):  # many rows: one decoded weight for all of them
+        return xla.matmul(x, w, tile_bytes=WHOLE_BYTES, **options)
     lead, (m, k), n = x.shape[:-2], x.shape[-2:], w.shape[-2]
     dtype = options["preferred_element_type"] or jnp.result_type(x.dtype, w.dtype)
     folded = x.reshape(math.prod(lead), m, k)

@@ -19,28 +19,37 @@ from ..codecs import Packed
 TILE_BYTES = 16 * 2**20  # of decoded float32 weights
 
 
-def tile_count(w: Packed) -> int:
+def tile_count(w: Packed, tile_bytes: int | None = None) -> int:
     """How many tiles of rows `w` is decoded in: if possible a number that divides the rows."""
-    rows = w.shape[-2]
-    wanted = min(rows, max(1, math.ceil(4 * math.prod(w.shape[-2:]) / TILE_BYTES)))
+    rows, most = w.shape[-2], tile_bytes or TILE_BYTES
+    wanted = min(rows, max(1, math.ceil(4 * math.prod(w.shape[-2:]) / most)))
     return next((n for n in range(wanted, min(4 * wanted, rows) + 1) if rows % n == 0), wanted)
 
 
 def matmul(
-    x: jax.Array, w: Packed, *, precision: Any = None, preferred_element_type: Any = None
+    x: jax.Array,
+    w: Packed,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    tile_bytes: int | None = None,
 ) -> jax.Array:
-    """``[*B, M, K] x [*B, N, K] -> [*B, M, N]``, at most a tile of `w` decoded at a time."""
+    """``[*B, M, K] x [*B, N, K] -> [*B, M, N]``, at most a tile of `w` decoded at a time.
+
+    Args:
+      tile_bytes: of a tile in float32; None is `TILE_BYTES`.
+    """
     dot = functools.partial(
         _dot, precision=precision, preferred_element_type=preferred_element_type
     )
-    return jax.checkpoint(functools.partial(_tiled, dot))(x, w)
+    return jax.checkpoint(functools.partial(_tiled, dot, tile_bytes))(x, w)
 
 
-def _tiled(dot: Any, x: jax.Array, w: Packed) -> jax.Array:
+def _tiled(dot: Any, tile_bytes: int | None, x: jax.Array, w: Packed) -> jax.Array:
     if x.ndim > 2 and x.shape[0] == 1:  # a batch axis of 1 would cost a copy of the codes
         entry = jax.tree.map(lambda part: part[0], w.unstack(0)[0])
-        return _tiled(dot, x[0], entry)[None]
-    tiles = tile_count(w)
+        return _tiled(dot, tile_bytes, x[0], entry)[None]
+    tiles = tile_count(w, tile_bytes)
     if tiles == 1:
         return dot(x, w)
     *batch, rows, length = w.shape

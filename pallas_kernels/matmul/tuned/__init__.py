@@ -23,7 +23,7 @@ def table(device: str) -> dict[str, Any]:
 def config(plan: Plan, m: int, n: int, k: int, device: str = "hopper") -> Config:
     """The blocks for ``[M, K] x [N, K]``: the first rule that fits, made smaller where shared memory is too small."""
     for rule in table(device)["rules"]:
-        if m <= rule["max_m"] and n >= rule.get("min_n", 0):
+        if m <= rule["max_m"] and rule.get("pieces", plan.pieces) == plan.pieces:
             break
     else:
         raise AssertionError(f"no rule for M = {m}")
