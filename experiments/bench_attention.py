@@ -39,10 +39,11 @@ def random_rows(spec: str, b: int, k: int, s: int, h: int, seed: int) -> Rows:
         if shape.dtype == jnp.uint8:
             parts[name] = jax.random.bits(keys[0], shape.shape, jnp.uint8)
         elif name == "scale":
-            x = jax.random.uniform(keys[1], shape.shape, jnp.float32, 0.5, 1.5) / 8
+            step = 2.0 ** (1 - codec.codec.bits)  # rows of about unit size
+            x = step * jax.random.uniform(keys[1], shape.shape, jnp.float32, 0.5, 1.5)
             parts[name] = x.astype(shape.dtype)
         else:
-            x = jax.random.randint(keys[2], shape.shape, 0, 16)
+            x = jax.random.randint(keys[2], shape.shape, 0, 2**codec.codec.bits)
             parts[name] = x.astype(shape.dtype)
     return Rows(parts, codec, h)
 

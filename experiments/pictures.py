@@ -138,7 +138,9 @@ def times(rows: Sequence[Mapping[str, Any]], x: str, label: str, path: Path, tit
     for name, points in lines.items():
         style = {"ls": "--", "color": "#888"} if name.startswith("bf16") else {}
         axes.plot(*zip(*sorted(points)), marker="o", ms=4, label=name, **style)
-    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="kernel time, us", title=title)
+    axes.set(xscale="log", xlabel=label, ylabel="kernel time, us", title=title)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(
         sorted({row[x] for row in rows}), [str(v) for v in sorted({row[x] for row in rows})]
     )
