@@ -62,7 +62,7 @@ def describe(x: Any, w: Packed) -> str:
 
 
 def _decodes_first(x: Any, w: Packed) -> bool:
-    return tuned.decodes_first(plan_of(w.codec), x.shape[-2])
+    return tuned.decodes_first(plan_of(w.codec), mosaic_gpu.rows_of(x))
 
 
 @functools.cache
@@ -87,7 +87,7 @@ def _on_cuda(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
     lead, (m, k), n = x.shape[:-2], x.shape[-2:], w.shape[-2]
     dtype = options["preferred_element_type"] or jnp.result_type(x.dtype, w.dtype)
     folded = x.reshape(math.prod(lead), m, k)
-    config = tuned.config(plan_of(w.codec), m, n, k)
+    config = tuned.config(plan_of(w.codec), mosaic_gpu.rows_of(folded), n, k)
     out = mosaic_gpu.matmul(folded, w.folded(range(len(lead))), config, out_dtype=dtype)
     return out.reshape(*lead, m, n)
 

@@ -48,8 +48,11 @@ class Config:
 
 def refusal(x: jax.Array, w: Packed) -> str:
     """Why this kernel can't take ``x @ w.T``; "" where it can."""
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"x is {x.dtype}, not bfloat16 or float16"
+    stored = w.view.dtypes[0]
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"x is {x.dtype}, not bfloat16, float16 or float32"
+    if x.dtype == jnp.float32 and stored == "float32":
+        return "x and the weight are float32: 16-bit products would lose digits of the weight"
     if w.shape[-2] < ROWS or w.shape[-2] % 8:
         return f"N = {w.shape[-2]} is below {ROWS} or no multiple of 8"
     return hopper.refusal(w.codec, w.shape[-1])
@@ -58,7 +61,16 @@ def refusal(x: jax.Array, w: Packed) -> str:
 def matmul(
     x: jax.Array, w: Packed, config: Config, *, out_dtype: Any = None, interpret: bool = False
 ) -> jax.Array:
-    """``[B, M, K] x [B, N, K] -> [B, M, N]``, summed in float32, of `out_dtype` (None: as x)."""
+    """``[B, M, K] x [B, N, K] -> [B, M, N]``, summed in float32, of `out_dtype` (None: as x).
+
+    A float32 `x` is two bfloat16 ones, its high and its low half, as twice as many rows.
+    """
+    if x.dtype == jnp.float32:
+        # astype there and back would be simplified away
+        high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        halves = jnp.concatenate([high, x - high], axis=1).astype(jnp.bfloat16)
+        out = matmul(halves, w, config, out_dtype=jnp.float32, interpret=interpret)
+        return (out[:, : x.shape[1]] + out[:, x.shape[1] :]).astype(out_dtype or x.dtype)
     (batch, m, k), n = x.shape, w.shape[-2]
     plan = hopper.plan_of(w.codec)
     tables = [_table(w.parts[name], batch, n) for name in plan.tables]
@@ -70,6 +82,11 @@ def matmul(
     problem = _Problem(config, plan, batch, m, n, k, group, tables[0].shape[1], x.dtype,
                        jnp.dtype(out_dtype or x.dtype), interpret)  # fmt: skip
     return problem(columns, codes, tables)
+
+
+def rows_of(x: jax.Array) -> int:
+    """Rows that the kernel multiplies for ``x[..., M, K]``."""
+    return x.shape[-2] * (2 if x.dtype == jnp.float32 else 1)
 
 
 def shared_bytes(config: Config, plan: hopper.Plan) -> int:

@@ -80,6 +80,19 @@ def test_numbers_of_every_format(name):
 
 
 @pytest.mark.slow
+def test_float32_rows_keep_their_digits():
+    """A float32 x on integers that bfloat16 holds exactly: 16 bits of x, not 8."""
+    _, w = operands("int4-g128-sym", 3, 512, 64)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((1, 3, 512)), jnp.float32)
+    got = jax.jit(functools.partial(mosaic_gpu.matmul, config=Config(split=1), interpret=True))(
+        x, w
+    )
+    want = x @ w.codec.decode(w.parts, 512).swapaxes(1, 2)
+    assert got.dtype == jnp.float32
+    assert error(got, want) < 3e-5
+
+
+@pytest.mark.slow
 def test_experts():
     check(("int4-g32", 9, 256, 64, Config(16, split=1), "bfloat16"), batch=2)
 
@@ -186,7 +199,8 @@ def test_an_exported_program_picks_its_kernel_where_it_runs():
 @pytest.mark.parametrize(
     ("spec", "k", "n", "dtype", "reason"),
     [
-        ("int4-g64", 256, 64, "float32", "x is float32"),
+        ("int4-g64", 256, 64, "float32", "x and the weight are float32"),
+        ("int4-g64", 256, 64, "int8", "x is int8"),
         ("int4-g64", 256, 40, "bfloat16", "N = 40"),
         ("int4-g64", 576, 64, "bfloat16", "K = 576 is no multiple of 128"),
         ("int4-g40", 640, 64, "bfloat16", "groups of 40"),
@@ -194,7 +208,8 @@ def test_an_exported_program_picks_its_kernel_where_it_runs():
     ],
 )
 def test_what_the_kernel_does_not_take_goes_to_another_path(spec, k, n, dtype, reason):
-    x, w = shapes(spec, 8, k, n, dtype)
+    x, w = shapes(spec, 8, k, n, "bfloat16" if dtype == "int8" else dtype)
+    x = jax.ShapeDtypeStruct(x.shape, dtype)
     assert reason in mosaic_gpu.refusal(x, w)
     with pytest.raises(NotImplementedError, match=reason):
         jax.eval_shape(lambda x, w: matmul(x, w, implementation="mosaic_gpu"), x, w)
