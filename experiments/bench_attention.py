@@ -34,16 +34,17 @@ HEADER = ("cache", "B x S", "us", "of bf16", "TB/s", "error", "path")
 def random_rows(spec: str, b: int, k: int, s: int, h: int, seed: int) -> Rows:
     """Rows of random codes."""
     codec, keys = per_token(spec), jax.random.split(jax.random.key(seed), 3)
+    bits: int = codec.codec.bits  # pyright: ignore[reportAttributeAccessIssue]
     parts = {}
     for name, shape in codec.part_shapes((b, k, s, h)).items():
         if shape.dtype == jnp.uint8:
             parts[name] = jax.random.bits(keys[0], shape.shape, jnp.uint8)
         elif name == "scale":
-            step = 2.0 ** (1 - codec.codec.bits)  # rows of about unit size
+            step = 2.0 ** (1 - bits)  # rows of about unit size
             x = step * jax.random.uniform(keys[1], shape.shape, jnp.float32, 0.5, 1.5)
             parts[name] = x.astype(shape.dtype)
         else:
-            x = jax.random.randint(keys[2], shape.shape, 0, 2**codec.codec.bits)
+            x = jax.random.randint(keys[2], shape.shape, 0, 2**bits)
             parts[name] = x.astype(shape.dtype)
     return Rows(parts, codec, h)
 
@@ -56,27 +57,27 @@ def measure(spec: str, b: int, s: int, base: float) -> dict[str, Any]:
         jnp.full((b,), s, jnp.int32),
     )
     if spec == "bf16":
-        one = lambda i: jax.random.normal(jax.random.key(i), (b, s, k, h), jnp.bfloat16)
-        attend = lambda q, kv: jax.nn.dot_product_attention(
+        one: Any = lambda i: jax.random.normal(jax.random.key(i), (b, s, k, h), jnp.bfloat16)
+        attend: Any = lambda q, kv: jax.nn.dot_product_attention(
             q[:, None], *kv, query_seq_lengths=jnp.ones_like(lengths), key_value_seq_lengths=lengths,
             implementation="cudnn",
         )  # fmt: skip
     else:
         one = lambda i: random_rows(spec, b, k, s, h, i)
-        attend = lambda q, kv: decode_attention(q, *kv, lengths)[0]
-    first = (one(0), one(1))
+        attend = lambda q, kv: decode_attention(q, kv[0], kv[1], lengths)[0]
+    first: Any = (one(0), one(1))
     nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(first))
     sets = [first] + [(one(2 * i), one(2 * i + 1)) for i in range(1, kernel_timing.copies(nbytes))]
     us = kernel_timing.kernel_us(attend, q, sets)
     row: dict[str, Any] = {"spec": spec, "b": b, "s": s, "us": us, "of_bf16": us / (base or us)}
     row["tb_per_s"] = nbytes / us / 1e6
     if spec != "bf16":
-        want = decode_attention(q, *first, lengths, implementation="reference")[0].astype(
-            jnp.float32
-        )
+        want = decode_attention(q, first[0], first[1], lengths, implementation="reference")[
+            0
+        ].astype(jnp.float32)
         got = jax.jit(attend)(q, first).astype(jnp.float32)
         row["error"] = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
-        row["path"] = dispatch.describe(q, *first)  # pyright: ignore[reportArgumentType]
+        row["path"] = dispatch.describe(q, *first)
     return row
 
 

@@ -136,7 +136,7 @@ def times(rows: Sequence[Mapping[str, Any]], x: str, label: str, path: Path, tit
         lines.setdefault(row["spec"] + shape, []).append((row[x], row["us"]))
     figure, axes = plt.subplots(figsize=(9, 5))
     for name, points in lines.items():
-        style = {"ls": "--", "color": "#888"} if name.startswith("bf16") else {}
+        style: dict[str, Any] = {"ls": "--", "color": "#888"} if name.startswith("bf16") else {}
         axes.plot(*zip(*sorted(points)), marker="o", ms=4, label=name, **style)
     axes.set(xscale="log", xlabel=label, ylabel="kernel time, us", title=title)
     axes.set_yscale("log", base=2)

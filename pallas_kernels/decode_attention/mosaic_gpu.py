@@ -297,7 +297,7 @@ class _Body:
                 plgpu.wgmma_wait(0)
                 return acc[...]
 
-            return pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
+            return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
         def weights(i: Any, slot: Any, top: jax.Array) -> tuple[jax.Array, ...]:
             x = scores(i, slot)
@@ -375,7 +375,7 @@ class _Body:
                 plgpu.wgmma_wait(0)
                 return [acc[...] for acc in accs]
 
-            found = pl.run_scoped(scope, *[plgpu.ACC(shape, jnp.float32)] * v.tiles)
+            found = pl.run_scoped(scope, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * v.tiles)
             hopper.sync(interpret)
             pl.when(i + c.stages < mine)(lambda: fetch(i + c.stages))
             outs = [o * old + x for o, x in zip(outs, found)]

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 
 Value = Any  # an ir.Value
+
+
+def inline(
+    arg_types: Any = (), return_type: Any = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`inline_mgpu`: the decorated function's first argument, the launch context, is not given by the caller."""
+    return plgpu.inline_mgpu(arg_types=arg_types, return_type=return_type)
 
 
 def i32() -> ir.Type:

@@ -156,7 +156,7 @@ def expand(
     layouts = [ROW if t.ndim == 1 else WGMMA for t in flat]
     ref = plgpu.RefType(tiled(jnp.uint8, row_bytes))
 
-    @plgpu.inline_mgpu(
+    @asm.inline(
         arg_types=([ref] * plan.streams, layouts),
         return_type=[plgpu.ShapeDtypeStruct((ROWS, 64), dtype, layout=WGMMA)] * plan.pieces,
     )

@@ -30,7 +30,8 @@ SCALAR = plgpu.Layout.WG_SPLAT(())
 def tiled(dtype: Any, swizzle: int = 128) -> tuple[Any, ...]:
     """Transforms of a tile whose rows are `swizzle` bytes, or a multiple."""
     width = swizzle // jnp.dtype(dtype).itemsize
-    return (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(swizzle))
+    transforms: Any = plgpu  # abstract for type checkers
+    return (transforms.TilingTransform((8, width)), transforms.SwizzleTransform(swizzle))
 
 
 def sync(interpret: bool) -> None:
@@ -38,7 +39,7 @@ def sync(interpret: bool) -> None:
     if interpret:
         return
 
-    @plgpu.inline_mgpu()
+    @asm.inline()
     def run(ctx):
         mgpu.utils.warpgroup_barrier()
 
@@ -82,7 +83,7 @@ def load_table(
         return jnp.stack([take(index(column + 64 * (c % 2) + 16 * (c // 2))) for c in range(8)], 1)
     shape, layout = ((ROWS,), ROW) if whole else ((ROWS, 8), WGMMA)
 
-    @plgpu.inline_mgpu(
+    @asm.inline(
         arg_types=(plgpu.RefType(), SCALAR, SCALAR),
         return_type=plgpu.ShapeDtypeStruct(shape, ref.dtype, layout=layout),
     )
@@ -114,12 +115,12 @@ def scale_rows(total: jax.Array, x: jax.Array, scale: jax.Array, interpret: bool
     if interpret:
         return total + x * scale[:, None]
 
-    @plgpu.inline_mgpu(
+    @asm.inline(
         arg_types=(WGMMA, WGMMA, ROW),
         return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=WGMMA),
     )
     def run(ctx, total, x, scale):
-        fast = {"fastmath": arith.FastMathFlags.contract}
+        fast: dict[str, Any] = {"fastmath": arith.FastMathFlags.contract}
         scales = [vector.shuffle(v, v, [0, 0]) for v in scale.registers.flat]
         old, new = total.registers.reshape(-1, 2), x.registers.reshape(-1, 2)
         out = np.empty_like(old)
@@ -156,7 +157,7 @@ def store_transposed(
         out[pl.ds(row, n), pl.ds(column, ROWS)] = x.T[:n].astype(out.dtype)
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA, SCALAR, SCALAR, SCALAR))
+    @asm.inline(arg_types=(plgpu.RefType(), WGMMA, SCALAR, SCALAR, SCALAR))
     def run(ctx, ref, tile, row, column, stop):
         element, pointer = asm.element(ref), asm.pointer(ref)
         warp, g, q = asm.lanes()

@@ -52,7 +52,7 @@ def expand_transposed(
     if interpret:
         return _plain(codes[...], scales[...], plan, group, dtype, chunks, piece)
 
-    @plgpu.inline_mgpu(
+    @asm.inline(
         arg_types=(plgpu.RefType(tiled(jnp.uint8, row_bytes)), plgpu.RefType()),
         return_type=[plgpu.ShapeDtypeStruct((ROWS, ROWS), dtype, layout=WGMMA)]
         * (chunks * plan.pieces),
@@ -138,7 +138,7 @@ def spread_scales(to: Any, table: Any, groups: int, interpret: bool) -> None:
         to[...] = table[...].reshape(ROWS, groups).T.reshape(-1).astype(to.dtype)
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
+    @asm.inline(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def run(ctx, to, table):
         source, target = asm.element(table), asm.element(to)
         thread = arith.andi(arith.index_cast(asm.i32(), asm.thread()), asm.const(127))
@@ -162,7 +162,7 @@ def store_weights(to: Any, weights: jax.Array, interpret: bool) -> None:
         to[...] = weights.T.astype(to.dtype)
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(tiled(to.dtype)), WGMMA))
+    @asm.inline(arg_types=(plgpu.RefType(tiled(to.dtype)), WGMMA))
     def run(ctx, to, weights):
         element, byte = asm.element(to), ir.IntegerType.get_signless(8)
         warp, g, q = asm.lanes()
@@ -193,7 +193,7 @@ def over_rows(op: str, x: jax.Array, scratch: Any, interpret: bool) -> jax.Array
         return jnp.broadcast_to(found, x.shape)
     width = x.shape[1]
 
-    @plgpu.inline_mgpu(
+    @asm.inline(
         arg_types=(WGMMA, plgpu.RefType()),
         return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=WGMMA),
     )
@@ -234,7 +234,7 @@ def store_first(out: Any, x: jax.Array, row: Any, column: Any, n: int, interpret
         return
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), WGMMA, scalar, scalar))
+    @asm.inline(arg_types=(plgpu.RefType(), WGMMA, scalar, scalar))
     def run(ctx, ref, x, row, column):
         base, f32 = asm.pointer(ref), ir.F32Type.get()
         warp, g, q = asm.lanes()

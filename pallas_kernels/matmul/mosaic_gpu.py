@@ -366,7 +366,7 @@ class _Warpgroup:
             lax.fori_loop(0, p.mine // c.unroll, step, self.entries(jnp.int32(0)))
             return acc[...]
 
-        return pl.run_scoped(scope, plgpu.ACC((ROWS, c.block_m), jnp.float32))
+        return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, c.block_m), jnp.float32))
 
     def sums(self) -> jax.Array:
         """Sums of each stage and piece, scaled and added in registers."""
@@ -382,7 +382,9 @@ class _Warpgroup:
                 self.multiply(i, [()] * plan.pieces, accumulators)
                 return [acc[...] for acc in accumulators]
 
-            found = pl.run_scoped(scope, *[plgpu.ACC(shape, jnp.float32)] * plan.pieces)
+            found = pl.run_scoped(
+                scope, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * plan.pieces
+            )
             self.release(i)
             for x, (scale,) in zip(found, now):
                 total = hopper.scale_rows(total, x, scale.astype(jnp.float32), self.interpret)
