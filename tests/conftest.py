@@ -20,8 +20,11 @@ given = os.environ.get("XLA_FLAGS", "")
 added = [f"--{flag}={value}" for flag, value in FLAGS.items() if flag not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
 
+import functools  # noqa: E402
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # A pytest plugin may have imported jax before this file ran.
 jax.config.update("jax_platforms", PLATFORM)
@@ -30,3 +33,11 @@ jax.config.update("jax_platforms", PLATFORM)
 hypothesis.settings.register_profile("laptop", deadline=None, max_examples=30)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "laptop")
+
+
+@pytest.fixture(scope="session")
+def load_once():
+    """`stowax.models.load`, which keeps what it loaded."""
+    from stowax import models
+
+    return functools.cache(models.load)

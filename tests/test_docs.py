@@ -10,7 +10,8 @@ PAGES = ["README.md", "docs/transforms.md", "docs/memory_planner.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_python_in_a_page_runs(page, capsys):
+def test_the_python_in_a_page_runs(page, capsys, monkeypatch, load_once):
+    monkeypatch.setattr("stowax.models.load", load_once)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
     names: dict[str, object] = {}

@@ -10,7 +10,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_runs(path, monkeypatch):
+def test_runs(path, monkeypatch, load_once):
+    monkeypatch.setattr("stowax.models.load", load_once)
     monkeypatch.setattr("treescope.basic_interactive_setup", lambda **options: None)
     cells = json.loads(path.read_text())["cells"]
     names: dict[str, object] = {}

@@ -9,7 +9,7 @@ import safetensors.numpy
 from gguf import GGMLQuantizationType as T
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from stowax.models import find_smollm2, load
+from stowax.models import find_smollm2
 from stowax.models.llama import LlamaConfig
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -170,5 +170,5 @@ def smollm2_path():
 
 
 @pytest.fixture(scope="session")
-def smollm2(smollm2_path):
-    return load(smollm2_path)
+def smollm2(smollm2_path, load_once):
+    return load_once(smollm2_path)
