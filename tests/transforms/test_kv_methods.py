@@ -41,7 +41,7 @@ HOST = {
     f"{name}-host": sx.recipes.offload(m)
     for name, m in (
         ("full", sx.recipes.full()),
-        ("kv4", CODECS["kv4"]),
+        ("kivi", CODECS["kivi"]),
         ("h2o", SELECTORS["h2o"]),
         ("minicache", MERGED["minicache"]),
     )
@@ -94,7 +94,7 @@ def two_calls(name, batch=2):
 
 @functools.cache
 def full_attention():
-    return np.asarray(FUNCTIONS.forward(PARAMS, TOKENS[:, :62]))
+    return np.asarray(jax.jit(FUNCTIONS.forward)(PARAMS, TOKENS[:, :62]))
 
 
 @every_method
@@ -216,9 +216,8 @@ def test_a_full_budget_is_no_compression(name, budget):
     assert state(cache).method.selector is None
     assert _layout(state(cache).arrays) == _layout(state(want).arrays)
     if name == "h2o":
-        got, _ = read(fast, PARAMS, TOKENS[:, :40], cache, (30, 31))
-        expected, _ = read(full, PARAMS, TOKENS[:, :40], want, (30, 31))
-        np.testing.assert_array_equal(got, expected)
+        got, _ = read(fast, PARAMS, TOKENS[:, :62], cache, (60, 61))
+        np.testing.assert_array_equal(got, two_calls("full"))
 
 
 def _layout(tree):
@@ -268,9 +267,9 @@ def test_explain_tells_layers_and_heads_apart():
     assert "a head" in rows["full"].each
 
 
+# On the host is what is done on the device, and copies: no need for `kivi` and `minicache` on the device too.
 @pytest.mark.parametrize(
-    "name",
-    ["kivi", "h2o", "adakv", "pyramidkv", "kv4-host", "xquant", "minicache", "minicache-host"],
+    "name", ["kivi-host", "h2o", "adakv", "pyramidkv", "xquant", "minicache-host"]
 )
 def test_scanned_equals_unrolled(name):
     functions, params = model(layers=2)
@@ -303,7 +302,7 @@ def test_pooled_heads_hold_different_numbers_in_the_same_bytes():
     assert state(cache).nbytes < 1.05 * state(plain).nbytes
 
 
-@pytest.mark.parametrize("name", ["kv4", "kv4-host"])
+@pytest.mark.parametrize("name", ["kivi", "kivi-host"])
 def test_in_a_loop_under_jit_with_donation(name):
     fast, cache = made(name)
     step = jax.jit(fast, donate_argnums=2)
@@ -320,11 +319,11 @@ def test_in_a_loop_under_jit_with_donation(name):
 
 
 def test_vmap_over_sequences():
-    fast, _ = made("kv4", batch=1)
-    caches = jax.tree.map(lambda x: jnp.stack([x, x]), made("kv4", batch=1)[1])
-    call = jax.vmap(fast, in_axes=(None, 0, 0))
+    fast, cache = made("kivi", batch=1)
+    caches = jax.tree.map(lambda x: jnp.stack([x, x]), cache)
+    call = jax.jit(jax.vmap(fast, in_axes=(None, 0, 0)))
     logits, _ = call(PARAMS, TOKENS[:, None, :40], caches)
-    want = FUNCTIONS.forward(PARAMS, TOKENS[:, :40])
+    want = jax.jit(FUNCTIONS.forward)(PARAMS, TOKENS[:, :40])
     np.testing.assert_allclose(logits[:, 0], want, atol=2e-5)
 
 
@@ -332,13 +331,14 @@ def test_new_rows_carry_gradients_and_kept_ones_do_not():
     """Attention to the tokens of a call is differentiable; what was kept is a constant, by declaration."""
     fast, cache = made("int8")
     loss = lambda p, f, c: f(p, TOKENS[:, :20], c)[0].sum()
-    got = jax.grad(loss)(PARAMS, fast, cache)
-    want = jax.grad(loss)(PARAMS, FUNCTIONS.step, FUNCTIONS.init_cache(2, LENGTH))
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    got = grad(PARAMS, fast, cache)
+    want = grad(PARAMS, FUNCTIONS.step, FUNCTIONS.init_cache(2, LENGTH))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
     through = lambda p: sum(x.astype(jnp.float32).sum() for x in jax.tree.leaves(
         fast(p, TOKENS[:, :20], cache)[1]) if jnp.issubdtype(x.dtype, jnp.floating))  # fmt: skip
-    assert all(not np.any(g) for g in jax.tree.leaves(jax.grad(through)(PARAMS)))
+    assert all(not np.any(g) for g in jax.tree.leaves(jax.jit(jax.grad(through))(PARAMS)))
 
 
 def test_chain_with_quantize():
@@ -348,7 +348,8 @@ def test_chain_with_quantize():
     cache = fast.init_cache(shapes(FUNCTIONS), packed, TOKENS[:, :4])
     logits, cache = jax.jit(fast)(packed, TOKENS[:, :30], cache)
     quantized = sx.quantize("int8")(FUNCTIONS.forward)
-    np.testing.assert_allclose(logits, quantized(packed, TOKENS[:, :30]), atol=2e-4)
+    want = jax.jit(quantized)(packed, TOKENS[:, :30])
+    np.testing.assert_allclose(logits, want, atol=2e-4)
     table = fast.explain(packed, TOKENS[:, :1], cache)
     assert "int8" in str(table.caches)
     assert table.caches.nbytes == state(cache).nbytes
@@ -388,7 +389,7 @@ def test_a_guessed_layout_is_corrected_by_the_first_call():
     cache = fast.init_cache(own)
     assert cache["k"].guessed
     x = jax.random.normal(jax.random.key(0), (1, 5, 12, 4))
-    out, after = fast(1.0, x, cache)
+    out, after = jax.jit(fast)(1.0, x, cache)
     np.testing.assert_allclose(out, step(1.0, x, own)[0], atol=1e-5)
     assert (after["k"].group.heads, after["k"].group.length) == (12, 8)
 
@@ -403,7 +404,8 @@ def test_a_rule_for_each_cache():
     assert isinstance(cache["layers"]["1"]["k"], KVState)
     assert cache["layers"]["0"]["k"].shape == (2, LENGTH, 2, 16)
     logits, _ = jax.jit(fast)(params, TOKENS[:, :20], cache)
-    np.testing.assert_allclose(logits, functions.forward(params, TOKENS[:, :20]), atol=2e-5)
+    want = jax.jit(functions.forward)(params, TOKENS[:, :20])
+    np.testing.assert_allclose(logits, want, atol=2e-5)
 
 
 def test_new_selector_is_a_function_and_a_few_numbers():
@@ -445,11 +447,13 @@ def test_merged_layers_hold_one_direction_and_their_own_magnitudes():
     assert "main" not in second
     assert sum(sizes) < rows + apart + magnitudes + 200
     _, cache = read(fast, params, TOKENS[:, :60], cache, ())
-    own = functions.step(params, TOKENS[:, :60], functions.init_cache(2, LENGTH))[1]["layers"]
-    layers = depth.spread(method, state(cache).group, state(cache).arrays["layers"])
+    own = jax.jit(functions.step)(params, TOKENS[:, :60], functions.init_cache(2, LENGTH))[1]
+    own = own["layers"]
+    group = state(cache).group
+    layers = jax.jit(lambda x: depth.spread(method, group, x))(state(cache).arrays["layers"])
     for i, layer in enumerate(layers):
         one = jax.tree.map(lambda x: x[0], layer)
-        got = depth.rows(method, state(cache).group, one)[0][:, :60]
+        got = jax.jit(lambda x: depth.rows(method, group, x)[0])(one)[:, :60]
         want = own["k"][i, 0].swapaxes(0, 1)[:, :60]
         norm = lambda x: jnp.linalg.norm(x, axis=-1)
         np.testing.assert_allclose(norm(got), norm(want), rtol=2e-3)
@@ -468,7 +472,7 @@ def test_a_row_between_two_directions():
 
 
 def test_codes_on_the_host_and_the_rest_on_the_device():
-    fast, cache = made("kv4-host")
+    fast, cache = made("kivi-host")
     _, cache = read(fast, PARAMS, TOKENS[:, :41], cache, (40,))
     kind = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
     arrays = state(cache).arrays
