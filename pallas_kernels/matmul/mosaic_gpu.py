@@ -34,7 +34,6 @@ class Config:
       stages: of the ring.
       row_bytes: bytes of codes that a stage takes of a row: 64 or 128.
       grid_k: blocks that take a part of K each.
-      unroll: stages in a body of the loop.
     """
 
     block_m: int = 8
@@ -43,7 +42,6 @@ class Config:
     stages: int = 2
     row_bytes: int = 128
     grid_k: int = 1
-    unroll: int = 1
 
 
 def refusal(x: jax.Array, w: Packed) -> str:
@@ -127,7 +125,7 @@ class _Problem:
         """Stages of one warpgroup."""
         c = self.config
         total = pl.cdiv(self.piece, c.row_bytes)
-        return pl.cdiv(pl.cdiv(total, c.split * c.grid_k), c.unroll) * c.unroll
+        return pl.cdiv(total, c.split * c.grid_k)
 
     @property
     def whole(self) -> bool:
@@ -352,18 +350,15 @@ class _Warpgroup:
         self.start()
 
         def scope(acc: Any) -> jax.Array:
-            def step(i: Any, entries: Any) -> Any:
-                for u in range(c.unroll):
-                    now, later = entries, self.entries(i * c.unroll + u + 1)
-                    terms = [hopper.terms_of(plan, e, p.dtype) for e in now]
-                    self.multiply(i * c.unroll + u, terms, [acc] * plan.pieces)
-                    entries = later
+            def step(i: Any, now: Any) -> Any:
+                later = self.entries(i + 1)
+                terms = [hopper.terms_of(plan, entries, p.dtype) for entries in now]
+                self.multiply(i, terms, [acc] * plan.pieces)
                 plgpu.wgmma_wait(0)
-                for u in range(c.unroll):
-                    self.release(i * c.unroll + u)
-                return entries
+                self.release(i)
+                return later
 
-            lax.fori_loop(0, p.mine // c.unroll, step, self.entries(jnp.int32(0)))
+            lax.fori_loop(0, p.mine, step, self.entries(jnp.int32(0)))
             return acc[...]
 
         return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, c.block_m), jnp.float32))

@@ -24,7 +24,7 @@ SLOW = {
     "int4, a channel": ("int4-sym", 9, 512, 64, Config(16), "float16"),
     "int4, small groups": ("int4-g32", 20, 384, 128, Config(16, rows=2, split=1), "bfloat16"),
     "int4, K over blocks": ("int4-g32-sym", 7, 512, 64, Config(split=1, row_bytes=64, grid_k=2), "bfloat16"),
-    "int4, unrolled": ("int4-g128-sym", 5, 512, 64, Config(32, 1, 1, 4, 64, 1, 2), "bfloat16"),
+    "int4, four stages": ("int4-g128-sym", 5, 512, 64, Config(32, 1, 1, 4, 64), "bfloat16"),
     "int8": ("int8", 5, 256, 64, Config(split=1), "bfloat16"),
     "int8, zeros": ("int8-g32-asym", 5, 256, 64, Config(split=1), "bfloat16"),
     "int8, zeros, f16": ("int8-g32-asym", 5, 256, 64, Config(split=1), "float16"),
