@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 
+from .. import hopper
 from ..op import Op, one_by_one
 from . import mosaic_gpu, reference, xla
 from .rows import Rows
@@ -27,7 +27,7 @@ def run(
         return reference.decode_attention(q, keys, values, lengths, **options)
     reason = mosaic_gpu.refusal(q, keys, values)
     if name == "mosaic_gpu":
-        reason = reason or ("" if _is_hopper() else "this is no Hopper GPU")
+        reason = reason or ("" if hopper.is_here() else "this is no Hopper GPU")
         if reason:
             raise NotImplementedError(
                 f"`implementation` {name!r} can't take this attention: {reason}. Pass None to let another path take it."
@@ -42,16 +42,9 @@ def describe(q: Any, keys: Rows, values: Rows) -> str:
     if jax.default_backend() != "gpu":
         return "xla: decode + attend, block by block"
     reason = mosaic_gpu.refusal(q, keys, values) or (
-        "" if _is_hopper() else "this is no Hopper GPU"
+        "" if hopper.is_here() else "this is no Hopper GPU"
     )
     return f"xla: decode + attend, block by block ({reason})" if reason else "mosaic_gpu: fused"
-
-
-@functools.cache
-def _is_hopper() -> bool:
-    if jax.default_backend() != "gpu":
-        return False
-    return str(getattr(jax.devices()[0], "compute_capability", "")) == "9.0"
 
 
 def _by_xla(operands: Any, **options: Any) -> Result:
@@ -60,7 +53,7 @@ def _by_xla(operands: Any, **options: Any) -> Result:
 
 def _on_cuda(operands: Any, **options: Any) -> Result:
     """Lowered on a machine without a GPU, for a Hopper one."""
-    if jax.default_backend() == "gpu" and not _is_hopper():
+    if jax.default_backend() == "gpu" and not hopper.is_here():
         return _by_xla(operands, **options)
     return mosaic_gpu.decode_attention(*operands, **options)
 

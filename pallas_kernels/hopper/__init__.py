@@ -3,6 +3,7 @@
 Every function takes `interpret`: inside the interpreter the registers' code has a plain jnp stand-in.
 """
 
+from .device import is_here as is_here
 from .fragments import Plan as Plan
 from .fragments import expand as expand
 from .fragments import plan_of as plan_of

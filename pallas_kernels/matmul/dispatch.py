@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -10,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from .. import hopper
 from ..codecs import Packed
-from ..hopper import plan_of
 from ..op import Op, one_by_one
 from . import mosaic_gpu, mosaic_tpu, reference, tuned, xla
 
@@ -39,7 +38,7 @@ def run(x: jax.Array, w: Packed, precision: Any, preferred: Any, name: str | Non
 
 def _refused_here(name: str, x: Any, w: Packed) -> str:
     """Why a kernel can't take these on this machine; "" where it can."""
-    here = _is_hopper() if name == "mosaic_gpu" else jax.default_backend() == "tpu"
+    here = hopper.is_here() if name == "mosaic_gpu" else jax.default_backend() == "tpu"
     missing = (
         ""
         if here
@@ -62,14 +61,7 @@ def describe(x: Any, w: Packed) -> str:
 
 
 def _decodes_first(x: Any, w: Packed) -> bool:
-    return tuned.decodes_first(plan_of(w.codec), mosaic_gpu.rows_of(x))
-
-
-@functools.cache
-def _is_hopper() -> bool:
-    if jax.default_backend() != "gpu":
-        return False
-    return str(getattr(jax.devices()[0], "compute_capability", "")) == "9.0"
+    return tuned.decodes_first(hopper.plan_of(w.codec), mosaic_gpu.rows_of(x))
 
 
 def _by_xla(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
@@ -79,7 +71,7 @@ def _by_xla(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
 def _on_cuda(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
     """Lowered on a machine without a GPU, for a Hopper one."""
     x, w = operands
-    other = jax.default_backend() == "gpu" and not _is_hopper()
+    other = jax.default_backend() == "gpu" and not hopper.is_here()
     if choose and (other or mosaic_gpu.refusal(x, w)):
         return _by_xla(operands, choose=choose, **options)
     if choose and _decodes_first(x, w):  # many rows: one decoded weight for all of them
@@ -87,7 +79,7 @@ def _on_cuda(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
     lead, (m, k), n = x.shape[:-2], x.shape[-2:], w.shape[-2]
     dtype = options["preferred_element_type"] or jnp.result_type(x.dtype, w.dtype)
     folded = x.reshape(math.prod(lead), m, k)
-    config = tuned.config(plan_of(w.codec), mosaic_gpu.rows_of(folded), n, k)
+    config = tuned.config(hopper.plan_of(w.codec), mosaic_gpu.rows_of(folded), n, k)
     out = mosaic_gpu.matmul(folded, w.folded(range(len(lead))), config, out_dtype=dtype)
     return out.reshape(*lead, m, n)
 
