@@ -58,20 +58,30 @@ class Op:
     def _bind(self, operands: Any, **options: Any) -> Any:
         leaves, tree = jax.tree.flatten(operands)
         out = self.primitive.bind(*leaves, tree=tree, options=tuple(sorted(options.items())))
-        shapes = jax.eval_shape(functools.partial(self.default, **options), operands)
-        return jax.tree.unflatten(jax.tree.structure(shapes), out)
+        shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+        structure = jax.tree.structure(self._result(shapes, tree, tuple(sorted(options.items()))))
+        return jax.tree.unflatten(structure, out)
 
     def _abstract(self, *leaves: Any, tree: Any, options: Any) -> list[Any]:
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
-        run = functools.partial(self.default, **dict(options))
-        out = jax.eval_shape(run, jax.tree.unflatten(tree, shapes))
-        like = leaves[0]
+        shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+        out, like = self._result(shapes, tree, options), leaves[0]
         return [
             like.update(shape=x.shape, dtype=x.dtype, weak_type=False) for x in jax.tree.leaves(out)
         ]
 
-    def _eager(self, *leaves: Any, **params: Any) -> list[jax.Array]:
-        return jax.jit(functools.partial(self.primitive.bind, **params))(*leaves)
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 (operations live as long as the program)
+    def _result(self, shapes: tuple[Any, ...], tree: Any, options: Any) -> Any:
+        """Shapes of the result."""
+        run = functools.partial(self.default, **dict(options))
+        return jax.eval_shape(run, jax.tree.unflatten(tree, shapes))
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
+    def _jitted(self, tree: Any, options: Any) -> Any:
+        return jax.jit(functools.partial(self.primitive.bind, tree=tree, options=options))
+
+    def _eager(self, *leaves: Any, tree: Any, options: Any) -> list[jax.Array]:
+        """Compiled once for equal operands, not at each call."""
+        return self._jitted(tree, options)(*leaves)
 
     def _batched(
         self, leaves: Sequence[Any], dims: Sequence[Any], *, tree: Any, options: Any

@@ -334,7 +334,6 @@ class _Body:
             """Results less what the zeros of the values' groups add up to."""
             if not rests:
                 return outs
-            chunks = v.tiles // v.plan.pieces
             warp = lax.div(
                 plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=hopper.WGMMA), jnp.int32(16)
             )
@@ -347,7 +346,6 @@ class _Body:
                     own = (warp >= mine[0]) & (warp <= mine[-1])
                     x = x - (rests[group] if len(mine) == 4 else jnp.where(own, rests[group], 0.0))
                 found.append(x)
-            assert len(found) == chunks * v.plan.pieces
             return found
 
         def step(i: Any, carry: Any) -> Any:
