@@ -267,14 +267,7 @@ class _Body:
         shape = (ROWS, p.width)
         constant = lambda x: plgpu.layout_cast(jnp.full(shape, x, jnp.float32), hopper.WGMMA)
 
-        def mma(acc: Any, a: jax.Array, b: Any) -> None:
-            if interpret:
-                staged = scratch["staged"].at[wg]
-                staged[...] = a
-                plgpu.wgmma(acc, staged, b)
-                plgpu.wgmma_wait(0)
-            else:
-                plgpu.wgmma(acc, a, b)
+        staged = scratch["staged"].at[wg] if interpret else None
 
         def scores(i: Any, slot: Any) -> jax.Array:
             codes, *tables = (ref.at[wg, slot] for ref in scratch["keys"])
@@ -293,7 +286,9 @@ class _Body:
                         dtype=p.dtype, row_bytes=k.row_bytes, interpret=interpret,
                     )  # fmt: skip
                     for piece, a in enumerate(made):
-                        mma(acc, a, scratch["q"].at[piece, :, pl.ds(64 * half, 64)].T)
+                        hopper.mma(
+                            acc, a, scratch["q"].at[piece, :, pl.ds(64 * half, 64)].T, staged
+                        )
                 plgpu.wgmma_wait(0)
                 return acc[...]
 
@@ -369,7 +364,7 @@ class _Body:
                     group=v.group, dtype=p.dtype, row_bytes=v.row_bytes, interpret=interpret,
                 )  # fmt: skip
                 for acc, a in zip(accs, made):
-                    mma(acc, a, scratch["weights"].at[wg].T)
+                    hopper.mma(acc, a, scratch["weights"].at[wg].T, staged)
                 plgpu.wgmma_wait(0)
                 return [acc[...] for acc in accs]
 

@@ -13,6 +13,7 @@ from .layout import ROWS as ROWS
 from .layout import WGMMA as WGMMA
 from .layout import is_whole as is_whole
 from .layout import load_table as load_table
+from .layout import mma as mma
 from .layout import permute_columns as permute_columns
 from .layout import scale_rows as scale_rows
 from .layout import store_transposed as store_transposed

@@ -46,6 +46,20 @@ def sync(interpret: bool) -> None:
     run()
 
 
+def mma(acc: Any, a: jax.Array, b: Any, staged: Any = None) -> None:
+    """``acc += a @ b``, not waited for, with `a` in registers.
+
+    Args:
+      staged: shared memory for `a` in the interpreter, whose WGMMA takes no registers; None elsewhere.
+    """
+    if staged is None:
+        plgpu.wgmma(acc, a, b)
+        return
+    staged[...] = a
+    plgpu.wgmma(acc, staged, b)
+    plgpu.wgmma_wait(0)
+
+
 def permute_columns(x: jax.Array) -> jax.Array:
     """Blocks of 64 columns in the order in which `expand` gives the bytes of a block; zeros fill the last one.
 

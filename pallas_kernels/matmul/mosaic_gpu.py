@@ -326,6 +326,7 @@ class _Warpgroup:
         p, c, plan = self.p, self.c, self.body.plan
         slot = lax.rem(i, c.stages)
         plgpu.barrier_wait(self.barrier("full", slot))
+        staged = self.scratch["staged"].at[self.wg] if self.interpret else None
         rows = pl.ds(self.sub * ROWS, ROWS)
         codes = [self.scratch["codes"].at[self.part, slot, s, rows] for s in range(plan.streams)]
         for half in range(c.row_bytes // 64):
@@ -336,13 +337,7 @@ class _Warpgroup:
             for piece, a in enumerate(made):
                 columns = pl.ds(64 * half, 64)
                 b = self.scratch["x"].at[self.part, slot, piece, :, columns].T
-                if self.interpret:
-                    staged = self.scratch["staged"].at[self.wg]
-                    staged[...] = a
-                    plgpu.wgmma(accumulators[piece], staged, b)
-                    plgpu.wgmma_wait(0)
-                else:
-                    plgpu.wgmma(accumulators[piece], a, b)
+                hopper.mma(accumulators[piece], a, b, staged)
 
     def product(self) -> jax.Array:
         """Scaled weights times x, in one accumulator."""
