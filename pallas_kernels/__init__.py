@@ -1,7 +1,9 @@
 """Functions on arrays: codecs and low-bit kernels."""
 
 from . import codecs as codecs
+from .decode_attention import FullRows as FullRows
 from .decode_attention import Rows as Rows
+from .decode_attention import attention_kernel as attention_kernel
 from .decode_attention import decode_attention as decode_attention
 from .decode_attention import pack_rows as pack_rows
 from .matmul import kernel_name as kernel_name

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from . import dispatch
 from .dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
+from .dispatch import attention_kernel as attention_kernel
+from .rows import FullRows as FullRows
 from .rows import Rows as Rows
 from .rows import pack_rows as pack_rows
 
@@ -23,6 +25,8 @@ def decode_attention(
     values: Rows,
     lengths: jax.Array,
     *,
+    seen: jax.Array | None = None,
+    full: FullRows | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
     window: int | None = None,
@@ -31,12 +35,15 @@ def decode_attention(
     """``softmax(scale * q @ keys.T) @ values`` over the first `lengths` tokens of each row of the batch.
 
     Args:
-      q: ``[B, N, H]``, float; N a multiple of the cache's K heads.
+      q: ``[B, N, H]``, float; N a multiple of the cache's K heads. The GPU kernel rounds float32 to bfloat16.
       keys, values: packed ``[B, K, S, H]``; see `pack_rows`.
       lengths: ``int32[B]``: tokens that are there, 0 to S.
+      seen: ``bool[B, S]``, or ``bool[B, K, S]``: which of those tokens are attended to; None for all. Any mask that the
+        query heads of a cache's head have in common.
+      full: more rows, in full precision, under the same softmax; see `FullRows`.
       scale: of the scores; None is ``H ** -0.5``.
       soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``.
-      window: only the last `window` tokens are seen.
+      window: only the last `window` tokens of the packed rows are seen.
       implementation: one of `IMPLEMENTATIONS`, or None for the best that this backend has for these shapes.
 
     Returns:
@@ -56,6 +63,14 @@ def decode_attention(
         )
     if lengths.shape != (b,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(f"`lengths` is {lengths.dtype}{list(lengths.shape)}; expected int32[{b}]")
+    _check_seen("seen", seen, want[:3])
+    if full is not None:
+        rows = (*want[:2], full.keys.shape[2], h)
+        if full.keys.shape != rows or full.values.shape != rows:
+            raise ValueError(
+                f"`full` has keys {full.keys.shape} and values {full.values.shape}; expected twice {rows}"
+            )
+        _check_seen("full.seen", full.seen, rows[:3])
     if window is not None and window < 1:
         raise ValueError(f"`window` is {window}; expected at least 1 token, or None")
     if soft_cap is not None and not soft_cap > 0:
@@ -66,4 +81,12 @@ def decode_attention(
         )
     scale = 1 / math.sqrt(h) if scale is None else scale
     options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "window": window}
-    return dispatch.run(q, keys, values, lengths, options, implementation)
+    return dispatch.run(q, keys, values, lengths, seen, full, options, implementation)
+
+
+def _check_seen(name: str, seen: jax.Array | None, shape: tuple[int, ...]) -> None:
+    b, k, s = shape
+    if seen is not None and (seen.dtype != jnp.bool_ or seen.shape not in ((b, s), (b, k, s))):
+        raise ValueError(
+            f"`{name}` is {seen.dtype}{list(seen.shape)}; expected bool[{b}, {s}] or bool[{b}, {k}, {s}]"
+        )

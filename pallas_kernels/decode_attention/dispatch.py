@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .. import hopper
 from ..op import Op, one_by_one
 from . import mosaic_gpu, reference, xla
-from .rows import Rows
+from .rows import FullRows, Rows
 
 IMPLEMENTATIONS = ("mosaic_gpu", "reference", "xla")
 Result = tuple[jax.Array, jax.Array]
@@ -20,11 +21,14 @@ def run(
     keys: Rows,
     values: Rows,
     lengths: jax.Array,
+    seen: jax.Array | None,
+    full: FullRows | None,
     options: dict[str, Any],
     name: str | None,
 ) -> Result:
+    operands = (q, keys, values, lengths, seen, full)
     if name == "reference":
-        return reference.decode_attention(q, keys, values, lengths, **options)
+        return reference.decode_attention(*operands, **options)
     reason = mosaic_gpu.refusal(q, keys, values)
     if name == "mosaic_gpu":
         reason = reason or ("" if hopper.is_here() else "this is no Hopper GPU")
@@ -33,18 +37,20 @@ def run(
                 f"`implementation` {name!r} can't take this attention: {reason}. Pass None to let another path take it."
             )
     if name == "xla" or reason:
-        return xla.decode_attention(q, keys, values, lengths, **options)
-    return PACKED_ATTENTION((q, keys, values, lengths), **options)
+        return xla.decode_attention(*operands, **options)
+    return PACKED_ATTENTION(operands, **options)
 
 
-def describe(q: Any, keys: Rows, values: Rows) -> str:
-    """The path of an attention here, and why no kernel takes it."""
+def attention_kernel(q: Any, keys: Rows, values: Rows) -> str:
+    """The path that `decode_attention` takes here, in words, and why no kernel takes it."""
     if jax.default_backend() != "gpu":
         return "xla: decode + attend, block by block"
     reason = mosaic_gpu.refusal(q, keys, values) or (
         "" if hopper.is_here() else "this is no Hopper GPU"
     )
-    return f"xla: decode + attend, block by block ({reason})" if reason else "mosaic_gpu: fused"
+    if reason:
+        return f"xla: decode + attend, block by block ({reason})"
+    return "mosaic_gpu: fused" + (", q in bfloat16" if q.dtype == jnp.float32 else "")
 
 
 def _by_xla(operands: Any, **options: Any) -> Result:

@@ -4,7 +4,7 @@ A block takes one head of the cache and a part of its tokens; its warpgroups tak
 ``keys @ q.T`` with the keys as the register operand (`hopper.expand`), so a column is a query head, and the heads that
 share a cache are read for once. Weights go through shared memory, and ``values.T @ weights`` has the values as the
 register operand, transposed on the way in (`hopper.expand_transposed`). Blocks give a partial output, maximum and sum,
-which XLA joins.
+which XLA joins, with the attention to rows that are kept in full.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from ..codecs import PerToken
 from ..codecs.integer import Int
 from ..codecs.rows import hadamard
 from ..hopper import ROWS
-from .rows import Rows
+from . import full as rest
+from .reference import by_head
+from .rows import FullRows, Rows
 
 LOG2E = math.log2(math.e)
 NEVER = -1e30  # a score that is not seen
@@ -47,8 +49,8 @@ class Config:
 
 def refusal(q: Any, keys: Rows, values: Rows) -> str:
     """Why this kernel can't take them; "" where it can."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"q is {q.dtype}, not bfloat16 or float16"
+    if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"q is {q.dtype}, not bfloat16, float16 or float32"
     if keys.tokens % ROWS:
         return f"S = {keys.tokens} is no multiple of {ROWS}"
     if q.shape[1] // keys.heads > 64:
@@ -75,6 +77,8 @@ def decode_attention(
     keys: Rows,
     values: Rows,
     lengths: jax.Array,
+    seen: jax.Array | None = None,
+    full: FullRows | None = None,
     *,
     scale: float,
     soft_cap: float | None,
@@ -86,7 +90,7 @@ def decode_attention(
     b, n, h = q.shape
     heads, tokens = keys.heads, keys.tokens
     group = n // heads
-    dtype = q.dtype
+    dtype = jnp.dtype(jnp.bfloat16) if q.dtype == jnp.float32 else q.dtype
     k, v = _Stream.of(keys), _Stream.of(values)
     x = q.astype(jnp.float32)
     x = hadamard(x) if keys.codec.rotate else x  # pyright: ignore
@@ -96,15 +100,43 @@ def decode_attention(
     x = x.reshape(b * heads, width, k.plan.pieces, -1).swapaxes(1, 2)
     x = hopper.permute_columns(x).reshape(b * heads * k.plan.pieces, width, -1)
     problem = _Problem(
-        config or Config(), k, v, b, heads, tokens, group, width, dtype, soft_cap, window, interpret
-    )
-    parts, logs = problem(x, k.arrays(keys), v.arrays(values), lengths.astype(jnp.int32))
-    weights = jax.nn.softmax(logs / LOG2E, axis=-1)  # [B K, G, parts]
-    out = (parts * weights.swapaxes(1, 2)[..., None]).sum(1).reshape(b, n, h)
+        config or Config(), k, v, heads, tokens, group, width, dtype, soft_cap,
+        0 if seen is None else by_head(seen).shape[1], interpret,
+    )  # fmt: skip
+    first, stop = _bounds(lengths, tokens, window, seen)
+    bounds = jnp.stack(jnp.broadcast_arrays(first, stop), axis=-1)
+    bounds = jnp.broadcast_to(bounds, (b, heads, 2)).reshape(-1, 2)
+    masks = [] if seen is None else [_words(by_head(seen))]
+    parts, logs = problem(x, bounds, masks, k.arrays(keys), v.arrays(values))
+    parts = parts.swapaxes(1, 2).reshape(b, heads, group, -1, h)
+    logs = jnp.where(logs <= NEVER, -jnp.inf, logs / LOG2E).reshape(b, heads, group, -1)
+    out, total = rest.join(parts, logs)
     out = hadamard(out) if values.codec.rotate else out  # pyright: ignore
-    total = jax.nn.logsumexp(logs / LOG2E, axis=-1)
-    total = jnp.where(logs.max(-1) <= NEVER, -jnp.inf, total)
-    return out.astype(dtype), total.reshape(b, n)
+    if full is not None:
+        more = rest.attend(q, full, scale=scale, soft_cap=soft_cap)
+        out, total = rest.join(jnp.stack([out, more[0]], -2), jnp.stack([total, more[1]], -1))
+    return out.reshape(b, n, h).astype(q.dtype), total.reshape(b, n)
+
+
+def _bounds(
+    lengths: jax.Array, tokens: int, window: int | None, seen: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The first token that is seen and the end of those: ``int32[B, 1 or K]``."""
+    stop = jnp.clip(lengths.astype(jnp.int32), 0, tokens)[:, None]
+    first = jnp.zeros_like(stop) if window is None else jnp.maximum(stop - window, 0)
+    if seen is None:
+        return first, stop
+    at = jnp.arange(tokens, dtype=jnp.int32)
+    seen = by_head(seen)
+    last = jnp.where(seen, at + 1, 0).max(-1)
+    return jnp.maximum(first, jnp.where(seen, at, tokens).min(-1)), jnp.minimum(stop, last)
+
+
+def _words(seen: jax.Array) -> jax.Array:
+    """``bool[B, K, S]`` as bits: ``int32[B K, S / 32]``, the first token lowest."""
+    b, k, s = seen.shape
+    bits = seen.reshape(b * k, s // 32, 32).astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)
+    return bits.sum(-1, dtype=jnp.uint32).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,27 +190,31 @@ class _Problem:
     config: Config
     keys: _Stream
     values: _Stream
-    batch: int
     heads: int
     tokens: int
     group: int
     width: int
     dtype: Any
     soft_cap: float | None
-    window: int | None
+    masks: int
     interpret: bool
 
-    @property
-    def parts(self) -> int:
-        """Blocks that share the tokens of a head."""
+    def parts(self, rows: int) -> int:
+        """Blocks that share the tokens of a head, where there are `rows` heads."""
         tiles = self.tokens // ROWS
-        wanted = -(-self.config.blocks // (self.batch * self.heads))
+        wanted = -(-self.config.blocks // rows)
         return max(1, min(wanted, tiles // self.config.warpgroups))
 
     def __call__(
-        self, q: jax.Array, keys: list[jax.Array], values: list[jax.Array], lengths: jax.Array
+        self,
+        q: jax.Array,
+        bounds: jax.Array,
+        masks: list[jax.Array],
+        keys: list[jax.Array],
+        values: list[jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
-        c, rows = self.config, self.batch * self.heads
+        c, rows = self.config, bounds.shape[0]
+        parts = self.parts(rows)
         ring = (c.warpgroups, c.stages)
         dtypes = lambda arrays: [x.dtype for x in arrays[1:]]
         count = len(keys) + len(values)
@@ -202,11 +238,11 @@ class _Problem:
         if self.interpret:
             scratch["staged"] = plgpu.SMEM((wg, ROWS, ROWS), self.dtype)
         f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-        n = self.parts * wg
+        n = parts * wg
         kernel = plgpu.kernel(
-            _Body(self, len(keys)),
+            _Body(self, parts, len(masks), len(keys)),
             out_type=[f32(rows * n * self.group, self.values.width), f32(rows * self.group, n)],
-            grid=(rows, self.parts),
+            grid=(rows, parts),
             grid_names=("head", "part"),
             num_threads=wg,
             thread_name="wg",
@@ -216,27 +252,28 @@ class _Problem:
             ),
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
         )  # fmt: skip
-        x, logs = kernel(q, lengths, *keys, *values)
+        x, logs = kernel(q, bounds, *masks, *keys, *values)
         return x.reshape(rows, n, self.group, -1), logs.reshape(rows, self.group, n)
 
 
 class _Body:
     """The kernel's body, for one warpgroup."""
 
-    def __init__(self, problem: _Problem, keys: int):
-        self.problem, self.keys = problem, keys
+    def __init__(self, problem: _Problem, parts: int, masks: int, keys: int):
+        self.problem, self.parts, self.masks, self.keys = problem, parts, masks, keys
 
     def __call__(self, *refs: Any, **scratch: Any) -> None:
         p, c, interpret = self.problem, self.problem.config, self.problem.interpret
-        q, lengths, *arrays, out, logs = refs
+        q, bounds, *arrays, out, logs = refs
+        masks, arrays = arrays[: self.masks], arrays[self.masks :]
         keys, values = arrays[: self.keys], arrays[self.keys :]
         wg, head, part = (lax.axis_index(a) for a in ("wg", "head", "part"))
         k, v = p.keys, p.values
-        length = jnp.minimum(lengths[head // p.heads], p.tokens)
-        first = 0 if p.window is None else jnp.maximum(length - p.window, 0) // ROWS
-        share = lax.div(lax.div(length + ROWS - 1, ROWS) - first + p.parts - 1, p.parts)
+        low, high = bounds[head, 0], bounds[head, 1]
+        first, last = lax.div(low, ROWS), lax.div(high + ROWS - 1, ROWS)
+        share = lax.div(last - first + self.parts - 1, self.parts)
         start = first + part * share  # tiles of this block
-        stop = jnp.minimum(start + share, lax.div(length + ROWS - 1, ROWS))
+        stop = jnp.minimum(start + share, last)
         mine = jnp.maximum(0, lax.div(stop - start - wg + c.warpgroups - 1, c.warpgroups))
         tile = lambda i: start + wg + i * c.warpgroups
 
@@ -298,12 +335,14 @@ class _Body:
             x = scores(i, slot)
             if p.soft_cap is not None:
                 x = (p.soft_cap * LOG2E) * jnp.tanh(x * (1 / p.soft_cap))
-            token = tile(i) * ROWS + plgpu.broadcasted_iota(
-                jnp.int32, shape, 0, layout=hopper.WGMMA
-            )
-            inside = token < length
-            if p.window is not None:
-                inside &= token >= length - p.window
+            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=hopper.WGMMA)
+            token = tile(i) * ROWS + row
+            inside = (token >= low) & (token < high)
+            for mask in masks:
+                of = head if p.masks == p.heads else lax.div(head, p.heads)
+                words = [mask[of, 2 * tile(i) + half] for half in range(2)]
+                word = jnp.where(row < 32, words[0], words[1])
+                inside &= ((word >> (row & 31)) & 1) != 0
             x = jnp.where(inside, x, NEVER)
             found = hopper.over_rows("max", x, scratch["warps"].at[wg], interpret)
             best = jnp.maximum(top, found)
@@ -378,7 +417,7 @@ class _Body:
         rests = [constant(0.0) for _ in range(v.groups if v.plan.has_zero else 0)]
         carry = (constant(NEVER), constant(0.0), zero, rests)
         top, total, outs, rests = lax.fori_loop(0, mine, step, carry)
-        row = (head * p.parts + part) * c.warpgroups + wg
+        row = (head * self.parts + part) * c.warpgroups + wg
         sums = scratch["warps"].at[wg]
 
         def summed(x: jax.Array) -> jax.Array:
@@ -394,5 +433,5 @@ class _Body:
                 row * p.group + p.group, interpret, paired=True, rows=p.group,
             )  # fmt: skip
         found = jnp.where(total == 0, NEVER, top + jnp.log2(jnp.where(total == 0, 1.0, total)))
-        part = lax.rem(row, p.parts * c.warpgroups)
+        part = lax.rem(row, self.parts * c.warpgroups)
         hopper.store_first(logs, found, head * p.group, part, p.group, interpret)

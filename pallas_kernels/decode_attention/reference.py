@@ -5,14 +5,22 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from .rows import Rows
+from .rows import FullRows, Rows
 
 
-def seen(tokens: int, lengths: jax.Array, window: int | None) -> jax.Array:
-    """Which tokens each row of the batch attends to: ``bool[B, S]``."""
+def visible(
+    tokens: int, lengths: jax.Array, window: int | None, seen: jax.Array | None
+) -> jax.Array:
+    """Which tokens are attended to: ``bool[B, 1 or K, S]``."""
     at, end = jnp.arange(tokens), lengths[:, None]
     mask = at < end
-    return mask if window is None else mask & (at >= end - window)
+    mask = (mask if window is None else mask & (at >= end - window))[:, None]
+    return mask if seen is None else mask & by_head(seen)
+
+
+def by_head(seen: jax.Array) -> jax.Array:
+    """``bool[B, T]`` or ``bool[B, K, T]`` as ``bool[B, 1 or K, T]``."""
+    return seen[:, None] if seen.ndim == 2 else seen
 
 
 def decode_attention(
@@ -20,6 +28,8 @@ def decode_attention(
     keys: Rows,
     values: Rows,
     lengths: jax.Array,
+    seen: jax.Array | None,
+    full: FullRows | None,
     *,
     scale: float,
     soft_cap: float | None,
@@ -27,15 +37,22 @@ def decode_attention(
 ) -> tuple[jax.Array, jax.Array]:
     b, n, h = q.shape
     x = q.astype(jnp.float32).reshape(b, keys.heads, -1, h)
+    k, v = keys.decode(), values.decode()
+    mask = visible(keys.tokens, lengths, window, seen)
+    if full is not None:
+        k, v = (jnp.concatenate([a, y], axis=2) for a, y in ((k, full.keys), (v, full.values)))
+        mask = jnp.broadcast_to(mask, (b, keys.heads, keys.tokens))
+        more = jnp.broadcast_to(by_head(full.seen), (b, keys.heads, full.seen.shape[-1]))
+        mask = jnp.concatenate([mask, more], axis=2)
     with jax.default_matmul_precision("highest"):
-        scores = scale * jnp.einsum("bkgh,bksh->bkgs", x, keys.decode())
+        scores = scale * jnp.einsum("bkgh,bksh->bkgs", x, k)
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
-        mask = seen(keys.tokens, lengths, window)[:, None, None]
+        mask = mask[:, :, None]
         scores = jnp.where(mask, scores, -jnp.inf)
         total = jax.nn.logsumexp(scores, axis=-1)
         weights = jnp.where(
             mask, jnp.exp(scores - jnp.where(jnp.isinf(total), 0, total)[..., None]), 0
         )
-        out = jnp.einsum("bkgs,bksh->bkgh", weights, values.decode())
+        out = jnp.einsum("bkgs,bksh->bkgh", weights, v)
     return out.reshape(b, n, h).astype(q.dtype), total.reshape(b, n)

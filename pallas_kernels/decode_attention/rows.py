@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,19 @@ class Rows:
     @classmethod
     def tree_unflatten(cls, aux, children) -> Rows:
         return cls(children[0], *aux)
+
+
+class FullRows(NamedTuple):
+    """Rows that are attended to as they are: sinks, the newest tokens, the new one.
+
+    Attributes:
+      keys, values: ``[B, K, E, H]``, float.
+      seen: which of them are there: ``bool[B, E]`` or ``bool[B, K, E]``.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    seen: jax.Array
 
 
 def pack_rows(x: jax.Array, codec: RowCodec) -> Rows:

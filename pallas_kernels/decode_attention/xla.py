@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .reference import seen
-from .rows import Rows
+from . import full as rest
+from .reference import visible
+from .rows import FullRows, Rows
 
 BLOCK_BYTES = 16 * 2**20  # of decoded float32 rows
 
@@ -21,6 +22,8 @@ def decode_attention(
     keys: Rows,
     values: Rows,
     lengths: jax.Array,
+    seen: jax.Array | None,
+    full: FullRows | None,
     *,
     scale: float,
     soft_cap: float | None,
@@ -30,7 +33,7 @@ def decode_attention(
     heads, tokens = keys.heads, keys.tokens
     block = _block(keys, values)
     x = q.astype(jnp.float32).reshape(b, heads, -1, h) * scale
-    mask = seen(tokens, lengths, window)
+    mask = visible(tokens, lengths, window, seen)
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, out = carry
@@ -39,7 +42,7 @@ def decode_attention(
         scores = jnp.einsum("bkgh,bksh->bkgs", x, k)
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
-        here = lax.dynamic_slice_in_dim(mask, start, block, axis=1)[:, None, None]
+        here = lax.dynamic_slice_in_dim(mask, start, block, axis=2)[:, :, None]
         scores = jnp.where(here, scores, -jnp.inf)
         best = jnp.maximum(top, scores.max(-1))
         base = jnp.where(jnp.isinf(best), 0, best)
@@ -52,7 +55,11 @@ def decode_attention(
     used = (jnp.max(lengths) + block - 1) // block
     top, total, out = lax.fori_loop(0, used, step, start)
     out = out / jnp.where(total == 0, 1, total)[..., None]
-    return out.reshape(b, n, h).astype(q.dtype), (top + jnp.log(total)).reshape(b, n)
+    total = top + jnp.log(total)
+    if full is not None:
+        more = rest.attend(q, full, scale=scale, soft_cap=soft_cap)
+        out, total = rest.join(jnp.stack([out, more[0]], -2), jnp.stack([total, more[1]], -1))
+    return out.reshape(b, n, h).astype(q.dtype), total.reshape(b, n)
 
 
 def _block(keys: Rows, values: Rows) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from stowax.pallas_kernels import Rows, decode_attention, pack_rows
+from stowax.pallas_kernels import FullRows, Rows, decode_attention, pack_rows
 from stowax.pallas_kernels.codecs import per_channel, per_token
 from stowax.pallas_kernels.decode_attention import mosaic_gpu, xla
 from stowax.pallas_kernels.decode_attention.mosaic_gpu import Config
@@ -39,7 +39,16 @@ def operands(key, value, b=2, n=4, k=2, s=128, h=64, dtype="float32"):
     return x(b, n, h).astype(dtype), *rows
 
 
-def plain(q, keys, values, lengths, scale=None, soft_cap=None, window=None):
+def masked_rows(b=2, k=2, s=128, h=64, rows=5, heads=True):
+    """Which tokens are seen, and rows in full."""
+    rng = np.random.default_rng(1)
+    lead = (b, k) if heads else (b,)
+    flags = lambda n: jnp.asarray(rng.random((*lead, n)) < 0.6)
+    x = lambda: jnp.asarray(rng.standard_normal((b, k, rows, h)), jnp.float32)
+    return {"seen": flags(s), "full": FullRows(x(), x(), flags(rows))}
+
+
+def plain(q, keys, values, lengths, scale=None, soft_cap=None, window=None, seen=None, full=None):
     """In numpy, head by head and row by row."""
     q, k, v = (
         np.asarray(x, np.float64)
@@ -49,12 +58,22 @@ def plain(q, keys, values, lengths, scale=None, soft_cap=None, window=None):
     for b, n in np.ndindex(*q.shape[:2]):
         head, stop = n // (q.shape[1] // keys.heads), int(lengths[b])
         start = 0 if window is None else max(0, stop - window)
-        if not stop:
+        if not stop and full is None:
             continue
-        x = k[b, head, start:stop] @ q[b, n] * (q.shape[-1] ** -0.5 if scale is None else scale)
+        rows, more = k[b, head, start:stop], v[b, head, start:stop]
+        if seen is not None:
+            kept = np.broadcast_to(
+                seen[b] if seen.ndim == 3 else seen[b][None], (keys.heads, seen.shape[-1])
+            )
+            rows, more = (x[kept[head, start:stop]] for x in (rows, more))
+        if full is not None:
+            kept = full.seen[b, head] if full.seen.ndim == 3 else full.seen[b]
+            rows = np.concatenate([rows, full.keys[b, head][kept]])
+            more = np.concatenate([more, full.values[b, head][kept]])
+        x = rows @ q[b, n] * (q.shape[-1] ** -0.5 if scale is None else scale)
         x = soft_cap * np.tanh(x / soft_cap) if soft_cap else x
         total[b, n] = np.logaddexp.reduce(x)
-        out[b, n] = np.exp(x - total[b, n]) @ v[b, head, start:stop]
+        out[b, n] = np.exp(x - total[b, n]) @ more
     return out, total
 
 
@@ -81,6 +100,20 @@ def test_masks_and_lengths(mask, implementation, monkeypatch):
         run = functools.partial(decode_attention, implementation=implementation, **MASKS[mask])
         lengths = jnp.array(lengths)
         close(jax.jit(run)(*args, lengths), plain(*args, lengths, **MASKS[mask]), 1e-5)
+
+
+@pytest.mark.parametrize("heads", [False, True], ids=["one for all heads", "by head"])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_holes_and_rows_in_full(heads, implementation, monkeypatch):
+    monkeypatch.setattr(xla, "BLOCK_BYTES", 8 * 2 * 2 * 64 * 32)
+    args = operands(CODECS["int4"], CODECS["int4"])
+    options = masked_rows(heads=heads) | {"window": 70, "soft_cap": 5.0}
+    lengths = jnp.array([0, 100])
+    run = functools.partial(decode_attention, implementation=implementation)
+    got = jax.jit(lambda options: run(*args, lengths, **options, window=70, soft_cap=5.0))(
+        {name: options[name] for name in ("seen", "full")}
+    )
+    close(got, plain(*args, lengths, **options), 1e-5)
 
 
 def test_parts_join_by_their_logarithms():
@@ -114,10 +147,12 @@ GPU = {
 }
 GPU_SLOW = {
     "int4, window": ("int4-g64", 256, {"window": 70}, Config(1, 2, 2), {"s": 256}),
+    "int4, holes": ("int4-g64", 250, {"holes": True}, Config(1, 2, 2), {"s": 256}),
     "int4, rotated": ("int4-g64-sym", 128, {}, Config(1, 1, 1), {"n": 20, "rotate": True}),
     "int8": ("int8", 100, {}, Config(1, 1, 1), {}),
     "int8, zeros, half rows": ("int8-g32-asym", 128, {}, Config(1, 1, 1), {"h": 64}),
     "int2": ("int2-g64", 128, {}, Config(1, 1, 1), {"h": 256}),
+    "f32": ("int4-g32", 128, {}, Config(1, 1, 1), {"dtype": "float32"}),
     "f16": ("int4-g32", 128, {}, Config(1, 1, 1), {"dtype": "float16"}),
 }
 
@@ -130,6 +165,8 @@ def gpu_operands(spec, rotate=False, n=2, s=128, h=128, dtype="bfloat16"):
 def check_on_gpu(spec, length, mask, config, changes):
     args = (*gpu_operands(spec, **changes), jnp.array([length]))
     options = {"scale": 0.09, "soft_cap": None, "window": None} | mask
+    if options.pop("holes", False):
+        options |= masked_rows(1, 1, args[1].tokens, args[0].shape[-1])
     run = functools.partial(mosaic_gpu.decode_attention, config=config, interpret=True, **options)
     got = jax.jit(run)(*args)
     want = decode_attention(*args, implementation="reference", **options)
@@ -163,7 +200,7 @@ def test_an_exported_program_holds_the_kernel_for_cuda(spec):
 @pytest.mark.parametrize(
     ("key", "shape", "reason"),
     [
-        (per_token("int4-g32"), {"dtype": "float32"}, "q is float32"),
+        (per_token("int4-g32"), {"dtype": "float8_e4m3fn"}, "q is float8_e4m3fn"),
         (per_token("int4-g32"), {"s": 96}, "S = 96"),
         (per_token("int4-g32"), {"h": 64}, "32 bytes, not 64 or 128"),
         (per_channel("int4-asym", 32), {}, "keys: no kernel for int4-asym per channel|keys: no kernel for int4"),
@@ -190,6 +227,10 @@ def test_bad_input():
         decode_attention(q[:, :3], keys, values, lengths)
     with pytest.raises(ValueError, match="`lengths` is float32"):
         decode_attention(q, keys, values, lengths.astype(jnp.float32))
+    with pytest.raises(ValueError, match=r"`seen` is int32\[2, 128\]"):
+        decode_attention(q, keys, values, lengths, seen=jnp.ones((2, 128), jnp.int32))
+    with pytest.raises(ValueError, match=r"`full` has keys \(2, 2, 5, 32\)"):
+        decode_attention(q, keys, values, lengths, full=masked_rows(h=32)["full"])
     with pytest.raises(ValueError, match="`window` is 0"):
         decode_attention(q, keys, values, lengths, window=0)
     with pytest.raises(ValueError, match="`soft_cap` is -1"):

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from stowax.pallas_kernels.codecs import LayoutError
 
 from ..core.program import Program, named_leaves, replace_leaves
-from . import emit, store
+from . import emit, fused, store
 from .find import Caches, can_hold_rows, find
 from .method import Method
 from .report import CacheRow, CacheTable
@@ -306,6 +306,8 @@ def explain(program: Program, rules: Rules) -> CacheTable:
     for group in found.groups:
         method = methods.get(group.leaves[0][0])
         sites = [s for s in found.sites if s.group == group.name]
+        if method is not None:
+            sites = [dataclasses.replace(s, path=fused.describe(s, method, group)) for s in sites]
         rows.append(CacheRow.of(group, method, sites))
     shapes = {n: x for n, x in zip(program.caches, program.leaves) if n}
     rows += [CacheRow.kept(r.leaf, shapes[r.leaf], r.reason) for r in found.refused]

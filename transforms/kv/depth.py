@@ -81,7 +81,6 @@ def rows(method: Method, group: Group, arrays: Arrays) -> list[jax.Array]:
 def absorb(
     group: Group,
     arrays: Arrays,
-    placed: Sequence[jax.Array],
     new: Sequence[jax.Array],
     at: jax.Array,
     how: str,
@@ -92,8 +91,7 @@ def absorb(
             f"{group.name}: the program shifts this cache as it grows, which merged layers can't follow; use a method "
             "without `merge`"
         )
-    out = arrays | direct.recent(arrays, new, at, how)
-    out["sinks"] = [x[:, : s.shape[1]] for x, s in zip(placed, arrays["sinks"])]
+    out = arrays | direct.recent(arrays, new, at, how) | direct.sinks(arrays, new, at, how)
     return out | {"fresh": list(new), "fresh_at": at}
 
 
@@ -158,7 +156,7 @@ def _stream(
             "apart": jax.tree.map(both, layer["apart"][i], codec.encode(rows)),
         }
 
-    main = direct.write_tokens(codec, a["main"][i], None, direction, at, "any")
+    main = direct.write_tokens(codec, a["main"][i], direction, at, "any")
     shared = {"main": main, "apart_at": places, "apart_score": score}
     return shared, own(a, x), own(b, y)
 

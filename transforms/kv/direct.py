@@ -9,6 +9,7 @@ of an unfinished block are all in the residual, so that no row is ever read that
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,27 +107,42 @@ def absorb(
     method: Method,
     group: Group,
     arrays: Arrays,
-    placed: Sequence[jax.Array],
     new: Sequence[jax.Array],
     at: jax.Array,
     how: str,
     queries: Any = None,
 ) -> Arrays:
-    """The buffers after new rows; `placed` are the rows of the cache with them."""
-    out = dict(arrays, main=[], recent=[], sinks=[])
+    """The buffers after new rows."""
+    out = dict(arrays, main=[])
     if "channels" in arrays:
         out["channels"] = _channels(arrays, new, queries)
     for i, s in enumerate(group.streams):
-        codec = method.codec(s.role, s.dtype)
-        write = write_tokens if codec.block == 1 else _write_blocks
-        rows, fresh = placed[i], new[i]
+        codec, old = method.codec(s.role, s.dtype), arrays["main"][i]
+        take = lambda x: x
         if method.width(s.role, s.width) < s.width:
-            rows, fresh = (_take(x, out["channels"]) for x in (rows, fresh))
-        main = write(codec, arrays["main"][i], rows, fresh, at, how)
-        out["main"].append(main)
-        sinks = arrays["sinks"][i]
-        out["sinks"].append(placed[i][:, : sinks.shape[1]] if sinks.shape[1] else sinks)
-    return out | recent(arrays, new, at, how)
+            take = lambda x: _take(x, out["channels"])
+        if codec.block == 1:
+            out["main"].append(write_tokens(codec, old, take(new[i]), at, how))
+            continue
+        if how == "roll":
+            raise ValueError(
+                f"{group.name}: the program shifts this cache as it grows, which {codec.name} can't follow, because it "
+                "encodes tokens together: use a codec per token, such as `per_token('int4-g32')`"
+            )
+        beside = take(arrays["sinks"][i]), take(arrays["recent"][i]), arrays["recent_at"]
+        window = functools.partial(_window, codec, old, beside, group.length)
+        out["main"].append(_write_blocks(codec, old, window, take(new[i]), at, how))
+    return out | sinks(arrays, new, at, how) | recent(arrays, new, at, how)
+
+
+def sinks(arrays: Arrays, new: Sequence[jax.Array], at: jax.Array, how: str) -> Arrays:
+    """The first rows after new ones."""
+    count = arrays["sinks"][0].shape[1]
+    if not count:
+        return {"sinks": arrays["sinks"]}
+    if how == "roll":
+        raise ValueError("`sinks` of a cache that the program shifts: use a recipe without `sinks`")
+    return {"sinks": [x.at[:, at].set(y, mode="drop") for x, y in zip(arrays["sinks"], new)]}
 
 
 def _channels(arrays: Arrays, new: Sequence[jax.Array], queries: jax.Array) -> jax.Array:
@@ -151,7 +167,7 @@ def _spread(x: jax.Array, channels: jax.Array, width: int) -> jax.Array:
     return jnp.einsum("ksc,kcd->ksd", x, hot)
 
 
-def write_tokens(codec: Any, parts: Any, placed: Any, new: Any, at: Any, how: str) -> Any:
+def write_tokens(codec: Any, parts: Any, new: Any, at: Any, how: str) -> Any:
     codes = codec.encode(new.astype(jnp.float32))
 
     def write(old: jax.Array, part: jax.Array) -> jax.Array:
@@ -164,30 +180,53 @@ def write_tokens(codec: Any, parts: Any, placed: Any, new: Any, at: Any, how: st
     return jax.tree.map(write, parts, codes)
 
 
-def _write_blocks(codec: Any, parts: Any, placed: Any, new: Any, at: Any, how: str) -> Any:
-    """Encodes the blocks that have new rows again."""
+def _write_blocks(codec: Any, parts: Any, window: Any, new: Any, at: Any, how: str) -> Any:
+    """Encodes the blocks that have new rows again; `window` gives the rows of some."""
     n = codec.block
     blocks = jax.tree.leaves(parts)[0].shape[1]
-    pad = blocks * n - placed.shape[1]
-    x = jnp.pad(placed, ((0, 0), (0, pad), (0, 0))) if pad else placed
+
+    def write(rows: jax.Array, first: jax.Array, parts: Any) -> Any:
+        codes = codec.encode(rows.astype(jnp.float32))
+        put = lambda old, c: jax.lax.dynamic_update_slice_in_dim(old, c, first, axis=1)
+        return jax.tree.map(put, parts, codes)
+
     if how == "run":
         count = min((new.shape[1] + n - 2) // n + 1, blocks)
         first = jnp.minimum(at[0] // n, blocks - count)
-        rows = jax.lax.dynamic_slice_in_dim(x, first * n, count * n, axis=1)
-        codes = codec.encode(rows.astype(jnp.float32))
-        return jax.tree.map(
-            lambda old, c: jax.lax.dynamic_update_slice_in_dim(old, c, first, axis=1), parts, codes
-        )
+        rows = window(first, count, new.dtype)
+        rows = jax.lax.dynamic_update_slice_in_dim(rows, new, at[0] - first * n, axis=1)
+        return write(rows, first, parts)
 
     def one(t: Any, parts: Any) -> Any:
-        block = jnp.clip(at[t] // n, 0, blocks - 1)
-        rows = jax.lax.dynamic_slice_in_dim(x, block * n, n, axis=1)
-        codes = codec.encode(rows.astype(jnp.float32))
-        return jax.tree.map(
-            lambda old, c: jax.lax.dynamic_update_slice_in_dim(old, c, block, axis=1), parts, codes
-        )
+        first = jnp.clip(at[t] // n, 0, blocks - 1)
+        place = at - first * n
+        place = jnp.where(place < 0, n, place)  # a negative index would count from the end
+        rows = window(first, 1, new.dtype).at[:, place].set(new, mode="drop")
+        return write(rows, first, parts)
 
     return jax.lax.fori_loop(0, new.shape[1], one, parts)
+
+
+def _window(
+    codec: Any, parts: Any, beside: Any, length: int, first: jax.Array, count: int, dtype: Any
+) -> jax.Array:
+    """The rows ``[K, count * block, D]`` of some blocks, sinks and recent ones in their places.
+
+    Args:
+      beside: sinks ``[K, n, D]``, recent rows ``[K, R, D]``, and their positions ``int32[R]``.
+    """
+    sinks, recent, labels = beside
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, count, axis=1)
+    rows = codec.decode(jax.tree.map(cut, parts), recent.shape[-1]).astype(dtype)
+    at = first * codec.block + jnp.arange(count * codec.block, dtype=jnp.int32)
+    choose = lambda flag, x, y: jnp.where(flag[None, :, None], x, y)
+    rows = choose(at < length, rows, 0)
+    if sinks.shape[1]:
+        rows = choose(at < sinks.shape[1], jnp.take(sinks, at, axis=1, mode="clip"), rows)
+    if labels.size:
+        same = at[:, None] == labels[None]
+        rows = choose(same.any(1), jnp.take(recent, same.argmax(1), axis=1), rows)
+    return rows
 
 
 def recent(arrays: Arrays, new: Sequence[jax.Array], at: jax.Array, how: str) -> Arrays:

@@ -8,21 +8,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from stowax.pallas_kernels.codecs import LayoutError
+
 from ..core import compat
 from ..core.interpret import Recorder
 from ..core.program import Program
-from . import depth, tiers
+from . import depth, fused, tiers
 from .defer import LAYOUT
 from .expr import Cell, Node, is_rooted, walk
-from .find import Caches, stream_key
-from .match import Attention, new_rows
+from .find import Caches
+from .match import Attention, new_rows, stream_key
 from .method import Method
 from .replay import Replay, Rows, attend, reduced
 from .rewrite import CacheRun, Store
 from .source import find_source
-from .spec import Group
 from .state import KVState, Moved
-from .store import Working, absorb, is_ragged, placed, stored, working
+from .store import Incoming, Working, absorb, is_ragged, placed, stored, working
 from .writes import Positions
 
 
@@ -33,13 +34,15 @@ class Opened:
     Attributes:
       found: the attention that opened it.
       arrays: the state of its entry of the stack.
-      working: the rows to attend to; None after a `cond` of which only some branches attended.
+      incoming: its new rows; None after a `cond` of which only some branches attended.
+      working: the rows to attend to, made when they are asked for.
       stats: what the selector wants to know of the attention weights; None before.
     """
 
     found: Attention
     arrays: Any
-    working: Working | None
+    incoming: Incoming | None = None
+    working: Working | None = None
     stats: Any = None
 
 
@@ -64,6 +67,14 @@ class Emit(CacheRun):
         if store.opened is None:
             store.opened = self.open(store, found)
         opened: Opened = store.opened
+        method = self.method(store)
+        try:
+            form = fused.form(self, found, method, store.group)
+        except LayoutError:  # `explain` says why
+            form = None
+        if form is not None:
+            new = self.incoming(store)
+            return fused.attend(self, found, form, method, store.group, opened.arrays, new)
         statistic = self.statistic(store, opened)
         out, stats = attend(self, found, self.rows(found), statistic)
         if stats is not None and opened.stats is None:
@@ -80,10 +91,19 @@ class Emit(CacheRun):
         order = [store.group.streams.index(stream_key(r)) for r in found.reads]
         return Rows([w.rows[i] for i in order], w.positions, w.live)
 
+    def incoming(self, store: Store) -> Incoming:
+        opened: Opened = store.opened
+        if opened.incoming is None:
+            new = self.new_rows(store, opened.found)
+            store.opened = opened = dataclasses.replace(opened, incoming=new)
+        assert opened.incoming is not None
+        return opened.incoming
+
     def worked(self, store: Store) -> Working:
+        new = self.incoming(store)
         opened: Opened = store.opened
         if opened.working is None:
-            w = self.work(store, opened.found, opened.arrays)
+            w = self.work(store, opened.found, opened.arrays, new)
             store.opened = opened = dataclasses.replace(opened, working=w)
         assert opened.working is not None
         return opened.working
@@ -96,7 +116,7 @@ class Emit(CacheRun):
                 "not see the attention of every call; use a recipe without a selector, or one that looks at keys or "
                 "positions (`streaming`, `keydiff`)"
             )
-        return Opened(found, tiers.fetch(store.arrays, method.tier), None)
+        return Opened(found, tiers.fetch(store.arrays, method.tier))
 
     def method(self, store: Store) -> Method:
         return self.methods[store.group.leaves[0][0]]
@@ -151,10 +171,22 @@ class Emit(CacheRun):
             index = self.array(found.index[1])
             arrays = jax.tree.map(lambda x: _entry(x, index, found), arrays)
         arrays = tiers.fetch(arrays, self.method(store).tier)
-        return Opened(found, arrays, self.work(store, found, arrays))
+        return Opened(found, arrays)
 
-    def work(self, store: Store, found: Attention, arrays: Any) -> Working:
-        """The rows that are kept, and the new ones that `found` reads."""
+    def new_rows(self, store: Store, found: Attention) -> Incoming:
+        """The new rows of what is stored."""
+        at, how = self.positions(found)
+        if self.method(store).input:
+            assert store.group.source is not None
+            source = find_source(self, found)
+            rows = source.to_rows(self.array(source.value)).astype(store.group.source.dtype)
+            return Incoming([rows], at, "run")
+        if found.start == "grow" and not store.group.grows:
+            how = "behind"
+        return Incoming(self.read_rows(store, found), at, how)
+
+    def read_rows(self, store: Store, found: Attention) -> list[jax.Array]:
+        """The new keys and values that `found` reads."""
         group = store.group
         new: list[Any] = [()] * len(group.streams)
         for read in found.reads:
@@ -168,25 +200,19 @@ class Emit(CacheRun):
             new[i] = new_rows(self, read, found.token, value).astype(read.cell.dtype)
         missing = [s.leaf for s, x in zip(group.streams, new) if isinstance(x, tuple)]
         assert not missing, missing
-        at, how = self.positions(found)
-        if found.start == "grow" and not group.grows:
-            how = "behind"
-        method = self.method(store)
-        if method.input:
-            return self.work_input(found, method, group, arrays, new, at)
-        return working(method, group, arrays, new, at, how)
+        return new
 
-    def work_input(
-        self, found: Attention, method: Method, group: Group, arrays: Any, new: Any, at: jax.Array
-    ) -> Working:
-        """Keys and values of the stored rows, computed again; the new ones as they are."""
-        assert group.source is not None
-        source = find_source(self, found)
-        rows = source.to_rows(self.array(source.value)).astype(group.source.dtype)
-        w = working(method, group, arrays, [rows], at, "run")
+    def work(self, store: Store, found: Attention, arrays: Any, new: Incoming) -> Working:
+        """The rows that are kept, and the new ones."""
+        method, group = self.method(store), store.group
+        w = working(method, group, arrays, new)
+        if not method.input:
+            return w
+        # What was stored is made into keys and values again; the new ones stay as they are.
+        source, rows = find_source(self, found), self.read_rows(store, found)
         made = dict(zip(map(stream_key, found.reads), source.rebuild(self, found, w.rows[0])))
-        kept = [made[s].astype(x.dtype) for s, x in zip(group.streams, new)]
-        return dataclasses.replace(w, rows=placed(kept, new, at), stored=w.rows)
+        kept = [made[s].astype(x.dtype) for s, x in zip(group.streams, rows)]
+        return Working(placed(kept, rows, new.at))
 
     def positions(self, found: Attention) -> tuple[jax.Array, str]:
         """``int32[T]`` or ``int32[B, T]``, S or more for rows to drop; and how they lie."""
@@ -218,11 +244,13 @@ class Emit(CacheRun):
         opened: Opened = store.shut()
         method = self.method(store)
         queries = self.queries(opened.found) if method.needs_queries else None
-        w = opened.working
-        if w is None or found is not opened.found:
-            w = self.work(store, found, opened.arrays)
-        stats = _for_slots(opened.stats, w)
-        arrays = absorb(method, store.group, opened.arrays, w, stats, queries)
+        new, w, stats = opened.incoming, opened.working, None
+        if new is None or found is not opened.found:
+            new, w = self.new_rows(store, found), None
+        if method.selector is not None:
+            w = w or self.work(store, found, opened.arrays, new)
+            stats = _for_slots(opened.stats, w)
+        arrays = absorb(method, store.group, opened.arrays, new, w, stats, queries)
         arrays = tiers.put(jax.lax.stop_gradient(arrays), method.tier)
         if opened.found.index is not None:
             index = self.array(opened.found.index[1])

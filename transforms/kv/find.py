@@ -10,14 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from stowax.pallas_kernels.codecs import LayoutError
+
 from ..core import compat
 from ..core.program import Program, is_packed, logical
+from . import fused
 from .expr import Cell, Node, is_rooted
 from .masks import mask_name
-from .match import Attention, Read
+from .match import Attention, stream_key
 from .rewrite import CacheRun, Store, Unfit
 from .source import Source, find_source
-from .spec import Group, Refused, Site, Stream
+from .spec import Group, Refused, Site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +73,22 @@ class Probe(CacheRun):
         if known != group:
             raise Unfit(sorted(key), "attentions read it in different layouts")
         self.sources.setdefault(group.name, functools.partial(find_source, self, found))
-        mask = mask_name(self, found) if self.masks else ""
-        where = compat.where(found.eqn)
-        self.sites.append(Site(group.name, where, found.rows, found.describe(), mask))
+        self.sites.append(self.site(group, found))
         for read in found.reads:
             read.cell.store.opened = found
         aval: Any = found.eqn.outvars[0].aval
         return jnp.zeros(aval.shape, aval.dtype)
+
+    def site(self, group: Group, found: Attention) -> Site:
+        site = Site(group.name, compat.where(found.eqn), found.rows, found.describe())
+        if not self.masks:
+            return site
+        site = dataclasses.replace(site, mask=mask_name(self, found))
+        try:
+            q = fused.query_shape(fused.usual(self, found))
+        except LayoutError as error:
+            return dataclasses.replace(site, unusual=str(error))
+        return dataclasses.replace(site, group_size=q[0], dtype=q[1])
 
     def reduced(self, found: Attention, value: Node) -> jax.Array:
         return jnp.zeros(value.shape, value.dtype)
@@ -193,17 +205,8 @@ def _group(found: Attention) -> Group:
     cells = {r.cell.name: r.cell for r in reads}
     leaves = tuple((c.name, c.stack + c.shape, c.dtype.name) for c in cells.values())
     read = reads[0]
-    streams = dict.fromkeys(map(_stream, reads))
+    streams = dict.fromkeys(map(stream_key, reads))
     grows = found.start == "grow" if isinstance(found.start, str) else False
     length = found.length - (found.rows if grows else 0)
     paged = any(cell.pages is not None for cell in cells.values())
     return Group(leaves, tuple(streams), stack, read.batch, read.heads, length, grows, paged)
-
-
-def _stream(read: Read) -> Stream:
-    part = tuple((axis + len(read.cell.stack), s, n) for axis, s, n in read.part)
-    return Stream(read.cell.name, part, read.role, read.width, read.cell.dtype.name)
-
-
-def stream_key(read: Read) -> Stream:
-    return _stream(read)

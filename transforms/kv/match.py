@@ -21,6 +21,7 @@ from ..core import compat
 from .axes import Atom, Dim
 from .defer import Deferral, labels_of, literal
 from .expr import DONE, Cell, Node, View, Write, is_node, is_rooted, walk
+from .spec import Stream
 from .writes import Positions
 
 
@@ -359,6 +360,12 @@ def _positions(run: Deferral, read: Read, token: Atom) -> tuple[Any, int]:
                 return write.kind, sizes[i]
             return 0 if write.starts[i] is None else write.starts[i], sizes[i]
     raise LayoutError("its update is not along the token axis")
+
+
+def stream_key(read: Read) -> Stream:
+    """The stream that is read."""
+    part = tuple((axis + len(read.cell.stack), s, n) for axis, s, n in read.part)
+    return Stream(read.cell.name, part, read.role, read.width, read.cell.dtype.name)
 
 
 def same_start(run: Deferral, a: Any, b: Any) -> bool:

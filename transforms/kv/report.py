@@ -85,7 +85,9 @@ class CacheRow:
 
     @property
     def how(self) -> str:
-        forms = [f"{s.rows} new: {s.form} ({s.mask} mask)" for s in self.sites]
+        forms = [
+            f"{s.rows} new: {s.form} ({s.mask} mask){s.path and ', '}{s.path}" for s in self.sites
+        ]
         return "; ".join(filter(None, (self.reason, counted(forms, "; "))))
 
 

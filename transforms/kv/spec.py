@@ -83,7 +83,9 @@ class Site:
       rows: new tokens in this call.
       form: the equations between the two matmuls.
       mask: its name, see `masks.mask_name`; "" where it was not asked for.
-      reason: why it was refused; "" where it was not.
+      unusual: why no kernel can run it, see `fused.usual`; "" where one can.
+      group_size, dtype: of the queries: how many share a head of the cache, and their type; where a kernel can run it.
+      path: what runs it, see `fused.describe`; "" where it was not asked for.
     """
 
     group: str
@@ -91,7 +93,10 @@ class Site:
     rows: int = 0
     form: str = ""
     mask: str = ""
-    reason: str = ""
+    unusual: str = ""
+    group_size: int = 1
+    dtype: str = "float32"
+    path: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,25 +15,32 @@ from .spec import Group
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Incoming:
+    """The new rows of a call.
+
+    Attributes:
+      rows: for each stream ``[B, K, T, D]``.
+      at: their positions, ``int32[T]`` or ``int32[B, T]``.
+      how: how the positions lie; see `direct.place`.
+    """
+
+    rows: list[jax.Array]
+    at: jax.Array
+    how: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Working:
-    """The rows that an attention sees, and what came in.
+    """The rows that an attention sees.
 
     Attributes:
       rows: for each stream ``[B, K, C, D]``.
       positions, live: see `replay.Rows`.
-      new: the new rows, ``[B, K, T, D]``.
-      at: their positions, ``int32[T]`` or ``int32[B, T]``.
-      how: how the positions lie; see `direct.place`.
-      stored: what `rows` are made of, where that is stored instead; then `new` are rows of that too.
     """
 
     rows: list[jax.Array]
-    positions: jax.Array | None
-    live: jax.Array | None
-    new: list[jax.Array]
-    at: jax.Array
-    how: str
-    stored: list[jax.Array] | None = None
+    positions: jax.Array | None = None
+    live: jax.Array | None = None
 
 
 def fitted(method: Method, group: Group, layer: int = 0, layers: int = 1) -> Method:
@@ -164,16 +171,14 @@ def _layer_bytes(method: Method, group: Group, arrays: Any, stack: int) -> Bytes
     return Bytes(own // group.heads, total - own, total)
 
 
-def working(
-    method: Method, group: Group, arrays: Any, new: list[jax.Array], at: jax.Array, how: str
-) -> Working:
+def working(method: Method, group: Group, arrays: Any, new: Incoming) -> Working:
     """The rows to attend to: those kept, and the new ones as they are."""
     group = stored(method, group)
+    at, how = new.at, new.how
     batched = 0 if at.ndim == 2 else None
     if method.selector is not None:
         view = jax.vmap(lambda a, n, p: slots.working(method, group, a, n, p, how), (0, 0, batched))
-        rows, positions, live = view(arrays, new, at)
-        return Working(rows, positions, live, new, at, how)
+        return Working(*view(arrays, new.rows, at))
 
     def one(a: Any, n: Any, p: Any) -> Any:
         kept = (depth if depth.is_merged(a) else direct).rows(method, group, a)
@@ -184,11 +189,10 @@ def working(
             kept = [jnp.pad(x, ((0, 0), (0, max(0, extra)), (0, 0))) for x in kept]
         return direct.place(kept, n, p, how)
 
-    placed = jax.vmap(one, (0, 0, batched))(arrays, new, at)
+    placed = jax.vmap(one, (0, 0, batched))(arrays, new.rows, at)
     longer = group.grows or how == "behind"
-    length = group.length + (new[0].shape[2] if longer else 0)
-    rows = [x[:, :, :length] for x in placed]
-    return Working(rows, None, None, new, at, how)
+    length = group.length + (new.rows[0].shape[2] if longer else 0)
+    return Working([x[:, :, :length] for x in placed])
 
 
 def placed(kept: list[jax.Array], new: list[jax.Array], at: jax.Array) -> list[jax.Array]:
@@ -197,23 +201,29 @@ def placed(kept: list[jax.Array], new: list[jax.Array], at: jax.Array) -> list[j
 
 
 def absorb(
-    method: Method, group: Group, arrays: Any, w: Working, stats: Any, queries: Any = None
+    method: Method,
+    group: Group,
+    arrays: Any,
+    new: Incoming,
+    w: Working | None,
+    stats: Any,
+    queries: Any = None,
 ) -> Any:
-    """The buffers with the new rows stored; for a selector, what it looks at."""
+    """The buffers with the new rows stored. A selector looks at `w`, `stats` of it, and `queries`."""
     group = stored(method, group)
-    batched = 0 if w.at.ndim == 2 else None
+    batched = 0 if new.at.ndim == 2 else None
     if method.selector is not None:
-        total = w.at.shape[-1]
+        assert w is not None
+        total = new.at.shape[-1]
         keep = lambda a, r, p, v, s, q: slots.absorb(method, group, a, r, p, v, s, q, total)
         return jax.vmap(keep)(arrays, w.rows, w.positions, w.live, stats, queries)
     if group.grows:
-        arrays = _lengthen(method, group, arrays, w.new[0].shape[2])
-    rows = w.rows if w.stored is None else w.stored
+        arrays = _lengthen(method, group, arrays, new.rows[0].shape[2])
     if depth.is_merged(arrays):
-        keep = lambda a, r, n, p: depth.absorb(group, a, r, n, p, w.how)
-        return jax.vmap(keep, (0, 0, 0, batched))(arrays, rows, w.new, w.at)
-    keep = lambda a, r, n, p, q: direct.absorb(method, group, a, r, n, p, w.how, q)
-    return jax.vmap(keep, (0, 0, 0, batched, 0))(arrays, rows, w.new, w.at, queries)
+        keep = lambda a, n, p: depth.absorb(group, a, n, p, new.how)
+        return jax.vmap(keep, (0, 0, batched))(arrays, new.rows, new.at)
+    keep = lambda a, n, p, q: direct.absorb(method, group, a, n, p, new.how, q)
+    return jax.vmap(keep, (0, 0, batched, 0))(arrays, new.rows, new.at, queries)
 
 
 def _lengthen(method: Method, group: Group, arrays: Any, rows: int) -> Any:

@@ -1,0 +1,260 @@
+"""One new token's attention by a kernel on the packed rows, where its form and the way of storing allow it.
+
+The codes are attended to as they lie. Rows that the store keeps in full (sinks, the newest, the new one) take part as
+such; the codes in their places are hidden. The program's own masks are evaluated at the positions of both.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from stowax.pallas_kernels import FullRows, attention_kernel, decode_attention
+from stowax.pallas_kernels import Rows as Packed
+from stowax.pallas_kernels.codecs import LayoutError
+
+from .axes import Atom, Dim
+from .defer import ELEMENTWISE
+from .evaluate import Evaluation
+from .expr import is_node, shape_of
+from .match import Attention, stream_key
+from .method import Method
+from .replay import Replay, Rows
+from .softmax import Mask, Softmax, recognise
+from .spec import Group, Site
+from .store import Incoming, shapes
+
+
+def form(run: Any, found: Attention, method: Method, group: Group) -> Softmax:
+    """The form of an attention that a kernel can run. Raises LayoutError with what is in the way."""
+    if reason := refusal(method, group):
+        raise LayoutError(reason)
+    return usual(run, found)
+
+
+def usual(run: Any, found: Attention) -> Softmax:
+    """The same, however rows are stored."""
+    if found.rows != 1:
+        raise LayoutError(f"{found.rows} new tokens, not 1")
+    if isinstance(found.start, str):
+        raise LayoutError("the cache moves or grows")
+    softmax = recognise(run, found)
+    lead = {*run.axes.resolve(softmax.key.lead), found.token}
+    for mask in softmax.masks:
+        labels = run.axes.labels(mask.node.labels)  # pyright: ignore
+        if any(set(labels[d]) - lead for d in _varying(mask.array)):
+            raise LayoutError("the mask differs between query heads")
+    return softmax
+
+
+def describe(site: Site, method: Method, group: Group) -> str:
+    """What runs an attention here, and why nothing better does."""
+    if reason := refusal(method, group) or site.unusual:
+        return f"replay ({reason})"
+    streams = {s.role: i for i, s in enumerate(group.streams)}
+    arrays = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape[len(group.stack) :], s.dtype),
+        shapes(method, group),
+    )
+    keys, values = (_packed(method, group, arrays, streams[role]) for role in ("key", "value"))
+    q = jax.ShapeDtypeStruct((group.batch, group.heads * site.group_size, keys.width), site.dtype)
+    return attention_kernel(q, keys, values)
+
+
+def refusal(method: Method, group: Group) -> str:
+    """Why the rows of a method are attended to by replay; "" where a kernel may."""
+    if method.selector is not None:
+        return "a selector keeps the rows"
+    if method.input or method.merge is not None or method.channels < 1:
+        return "rows are made from what is stored"
+    if not method.encodes:
+        return "rows are not packed"
+    if group.grows or not group.length:
+        return "the cache grows"
+    return ""
+
+
+def attend(
+    run: Any, found: Attention, softmax: Softmax, method: Method, group: Group, arrays: Any, new: Incoming
+) -> jax.Array:  # fmt: skip
+    """The result of an attention, laid out as its last matmul gives it."""
+    key, value = (group.streams.index(stream_key(r)) for r in (softmax.key, softmax.value))
+    keys, values = (_packed(method, group, arrays, i) for i in (key, value))
+    kept = _Kept(method, group, arrays, new)
+    mask = functools.partial(_mask, run, found, softmax, group)
+    seen = mask(None) & ~kept.covered[:, None]
+    seen = jnp.pad(seen, ((0, 0), (0, 0), (0, keys.tokens - group.length)))
+    last = jnp.where(seen, jnp.arange(1, keys.tokens + 1, dtype=jnp.int32), 0).max((1, 2))
+    there = mask(kept.at) & kept.there[:, None]
+    q, atoms = _queries(run, softmax)
+    out, _ = decode_attention(
+        q.reshape(group.batch, -1, keys.width) * _product(softmax.scale, jax.Array).astype(q.dtype),
+        keys,
+        values,
+        last,
+        seen=_squeezed(seen),
+        full=FullRows(kept.rows[key], kept.rows[value], _squeezed(there)),
+        scale=_product(softmax.scale, float),
+        soft_cap=softmax.soft_cap,
+    )
+    return _arranged(run, found, softmax, out, atoms)
+
+
+def _packed(method: Method, group: Group, arrays: Any, i: int) -> Packed:
+    s = group.streams[i]
+    return Packed(arrays["main"][i], method.codec(s.role, s.dtype), s.width)
+
+
+def _product(factors: Sequence[Any], kind: type) -> Any:
+    """Of those that are numbers, or of those that are arrays."""
+    own = [f for f in factors if isinstance(f, kind)]
+    return functools.reduce(lambda x, y: x * y, own, 1.0 if kind is float else jnp.float32(1))
+
+
+class _Kept:
+    """The rows in full: sinks, recent ones, the new one.
+
+    Attributes:
+      rows: for each stream ``[B, K, E, D]``.
+      at: their positions, ``int32[B, E]``.
+      there: whether each is the one that counts for its position, ``bool[B, E]``.
+      covered: the positions that they are, ``bool[B, S]``.
+    """
+
+    def __init__(self, method: Method, group: Group, arrays: Any, new: Incoming):
+        b, s = group.batch, group.length
+        at = jnp.broadcast_to(new.at, (b, 1))
+        recent = arrays["recent_at"]
+        count = arrays["sinks"][0].shape[2]
+        sinks = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (b, count))
+        same = lambda x, y: (x[:, :, None] == y[:, None]).any(-1)
+        newer = recent >= 0
+        if recent.size:
+            newer &= recent != at
+        parts = [~(same(sinks, recent) | (sinks == at)), newer, at < s]
+        self.rows = [
+            jnp.concatenate(x, axis=2) for x in zip(arrays["sinks"], arrays["recent"], new.rows)
+        ]
+        self.at = jnp.concatenate([sinks, recent, at], axis=1)
+        self.there = jnp.concatenate(parts, axis=1)
+        tokens = jnp.arange(s, dtype=jnp.int32)
+        covered = (tokens < count) | (tokens == at)
+        if recent.size:
+            place = jnp.where(recent < 0, s, recent)
+            covered = jax.vmap(lambda c, p: c.at[p].set(True, mode="drop"))(covered, place)
+        self.covered = covered
+
+
+def _mask(
+    run: Any, found: Attention, softmax: Softmax, group: Group, positions: jax.Array | None
+) -> jax.Array:
+    """The tokens that the program's masks let through, ``bool[B, 1 or K, C]``, at `positions` or all."""
+    count = group.length if positions is None else positions.shape[1]
+    rows = jax.ShapeDtypeStruct((group.batch, group.heads, count, 1), jnp.float32)
+    at = None if positions is None else jnp.clip(positions, 0, group.length - 1)[:, None]
+    replay = Replay(run, found, Rows([rows], at, None))  # pyright: ignore[reportArgumentType]
+    seen = jnp.ones((group.batch, 1, count), bool)
+    for mask in softmax.masks:
+        seen &= _by_head(run, replay, softmax, mask, group)
+    return seen
+
+
+def _by_head(run: Any, replay: Replay, softmax: Softmax, mask: Mask, group: Group) -> jax.Array:
+    labels = replay.labels(mask.node)
+    varying = _varying(mask.array)
+    coords = [replay.coord(labels, d) if d in varying else None for d in range(len(labels))]
+    shown = Evaluation(len(labels), run.array)(mask.array, coords) == mask.shown
+    lead, token = run.axes.resolve(softmax.key.lead), replay.found.token
+    shape = [replay.size(a) if n != 1 else 1 for n, dim in zip(shown.shape, labels) for a in dim]
+    atoms = [a for dim in labels for a in dim]
+    rest = [i for i, a in enumerate(atoms) if a not in (*lead, token)]  # all of size 1
+    order = [atoms.index(a) for a in (*lead, token) if a in atoms]
+    missing = [i for i, a in enumerate((*lead, token)) if a not in atoms]
+    out = shown.reshape(shape).transpose(*order, *rest).reshape([shape[i] for i in order])
+    out = jnp.expand_dims(out, missing)
+    batch, heads = _split(lead, group.batch)
+    full = lambda atoms, have: (
+        [a.size for a in atoms] if any(n != 1 for n in have) else [1] * len(atoms)
+    )
+    sizes = [*full(batch, [2]), *full(heads, out.shape[len(batch) : len(lead)])]
+    out = jnp.broadcast_to(out, (*sizes, replay.slots))
+    return out.reshape(group.batch, -1, replay.slots)
+
+
+def _split(lead: Dim, batch: int) -> tuple[Dim, Dim]:
+    """The atoms of the batch, and those of the heads."""
+    n = 0
+    while math.prod(a.size for a in lead[:n]) < batch:
+        n += 1
+    return lead[:n], lead[n:]
+
+
+def _varying(x: Any) -> set[int]:
+    """The dimensions along which a mask has different entries, as far as its making shows."""
+    shape = shape_of(x)
+    sized = {d for d, n in enumerate(shape) if n != 1}
+    if not is_node(x) or x.eqn is None:
+        return sized
+    if x.op == "broadcast_in_dim":
+        inner, dims = _varying(x.inputs[0]), x.eqn.params["broadcast_dimensions"]
+        return {d for i, d in enumerate(dims) if i in inner}
+    if x.op == "iota":
+        return {x.eqn.params["dimension"]} & sized
+    if all(shape_of(v) in ((), shape) for v in x.inputs) and x.op in ELEMENTWISE:
+        return set().union(*(_varying(v) for v in x.inputs if shape_of(v)))
+    return sized
+
+
+def _squeezed(seen: jax.Array) -> jax.Array:
+    return seen[:, 0] if seen.shape[1] == 1 else seen
+
+
+def _queries(run: Any, softmax: Softmax) -> tuple[jax.Array, list[Atom]]:
+    """The queries ``[B, K, G, D]``, and the axes that G is made of."""
+    node, side = softmax.dot, softmax.side
+    contract, batch = node.eqn.params["dimension_numbers"]  # pyright: ignore
+    q = run.array(node.inputs[side])
+    result = run.axes.labels(node.labels)
+    theirs = run.axes.labels(node.inputs[1 - side].labels)
+    free = [d for d in range(q.ndim) if d not in contract[side] and d not in batch[side]]
+    start = len(batch[0]) if side == 0 else len(result) - len(free)
+    labels: list[Dim] = [()] * q.ndim
+    for i, d in enumerate(batch[side]):
+        labels[d] = result[i]
+    for i, d in enumerate(free):
+        labels[d] = result[start + i]
+    for d, other in zip(contract[side], contract[1 - side]):
+        labels[d] = theirs[other]
+    lead, inner = (run.axes.resolve(x) for x in (softmax.key.lead, softmax.key.inner))
+    atoms = [a for dim in labels for a in dim]
+    others = [a for a in atoms if a not in (*lead, *inner)]
+    q = q.reshape([a.size for a in atoms]).transpose(
+        [atoms.index(a) for a in (*lead, *others, *inner)]
+    )
+    key = softmax.key
+    return q.reshape(key.batch, key.heads, -1, key.width), others
+
+
+def query_shape(softmax: Softmax) -> tuple[int, str]:
+    """How many queries share a head of the cache, and their dtype."""
+    q, key = softmax.dot.inputs[softmax.side], softmax.key
+    return math.prod(shape_of(q)) // (key.batch * key.heads * key.width), jnp.dtype(q.dtype).name
+
+
+def _arranged(
+    run: Any, found: Attention, softmax: Softmax, out: jax.Array, others: list[Atom]
+) -> jax.Array:
+    """``[B, N, D]`` as the last matmul lays it out."""
+    labels = Replay(run, found, Rows([out[:, :, None]], None, None)).result_labels()
+    lead, inner = (run.axes.resolve(x) for x in (softmax.value.lead, softmax.value.inner))
+    names = [*lead, *others, *inner]
+    order = [names.index(a) for dim in labels for a in dim]
+    aval: Any = found.eqn.outvars[0].aval
+    return (
+        out.reshape([a.size for a in names]).transpose(order).reshape(aval.shape).astype(aval.dtype)
+    )
