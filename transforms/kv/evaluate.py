@@ -60,9 +60,11 @@ class Evaluation:
         moved = moves(x, coords, self)
         if moved is not None:
             return self(x.inputs[0], moved)
-        if any(shape_of(v) not in ((), x.shape) for v in x.inputs) or x.op == "concatenate":
+        if any(len(shape_of(v)) not in (0, x.ndim) for v in x.inputs) or x.op == "concatenate":
             return self.leaf(self.array(x), coords)
-        values = [self(v, coords) if shape_of(v) else self.array(v) for v in x.inputs]
+        values = [
+            self(v, _of_operand(v, coords)) if shape_of(v) else self.array(v) for v in x.inputs
+        ]
         sized = [bool(shape_of(v)) for v in x.inputs]
         values = [
             jnp.reshape(v, (1,) * self.rank) if s and not np.ndim(v) else v
@@ -96,6 +98,11 @@ class Evaluation:
     def start(self, x: Any, last: int) -> Any:
         """A computed start of a slice, moved to where the slice fits."""
         return jnp.clip(jnp.asarray(self.array(x)), 0, last)
+
+
+def _of_operand(x: Any, coords: Sequence[Coord]) -> list[Coord]:
+    """The coordinates in an operand, whose axes may be of size 1."""
+    return [None if n == 1 else c for n, c in zip(shape_of(x), coords)]
 
 
 SPECIAL: dict[str, Any] = {"iota": Evaluation.iota}

@@ -21,11 +21,11 @@ from stowax.pallas_kernels.codecs import LayoutError
 from .axes import Atom, Dim
 from .defer import ELEMENTWISE
 from .evaluate import Evaluation
-from .expr import is_node, shape_of
+from .expr import shape_of
 from .match import Attention, stream_key
 from .method import Method
 from .replay import Replay, Rows
-from .softmax import Mask, Softmax, recognise
+from .softmax import Mask, Softmax, made_of, recognise
 from .spec import Group, Site
 from .store import Incoming, shapes
 
@@ -47,7 +47,7 @@ def usual(run: Any, found: Attention) -> Softmax:
     lead = {*run.axes.resolve(softmax.key.lead), found.token}
     for mask in softmax.masks:
         labels = run.axes.labels(mask.node.labels)  # pyright: ignore
-        if any(set(labels[d]) - lead for d in _varying(mask.array)):
+        if any(set(labels[d]) - lead for d in _varying(run, mask.array)):
             raise LayoutError("the mask differs between query heads")
     return softmax
 
@@ -166,16 +166,16 @@ def _mask(
 
 def _by_head(run: Any, replay: Replay, softmax: Softmax, mask: Mask, group: Group) -> jax.Array:
     labels = replay.labels(mask.node)
-    varying = _varying(mask.array)
+    varying = _varying(run, mask.array)
     coords = [replay.coord(labels, d) if d in varying else None for d in range(len(labels))]
     shown = Evaluation(len(labels), run.array)(mask.array, coords) == mask.shown
     lead, token = run.axes.resolve(softmax.key.lead), replay.found.token
     shape = [replay.size(a) if n != 1 else 1 for n, dim in zip(shown.shape, labels) for a in dim]
     atoms = [a for dim in labels for a in dim]
-    rest = [i for i, a in enumerate(atoms) if a not in (*lead, token)]  # all of size 1
+    rest = [i for i, a in enumerate(atoms) if a not in (*lead, token)]  # the same along these
     order = [atoms.index(a) for a in (*lead, token) if a in atoms]
     missing = [i for i, a in enumerate((*lead, token)) if a not in atoms]
-    out = shown.reshape(shape).transpose(*order, *rest).reshape([shape[i] for i in order])
+    out = shown.reshape(shape).transpose(*order, *rest)[(..., *(0 for _ in rest))]
     out = jnp.expand_dims(out, missing)
     batch, heads = _split(lead, group.batch)
     full = lambda atoms, have: (
@@ -194,20 +194,36 @@ def _split(lead: Dim, batch: int) -> tuple[Dim, Dim]:
     return lead[:n], lead[n:]
 
 
-def _varying(x: Any) -> set[int]:
+def _varying(run: Any, x: Any) -> set[int]:
     """The dimensions along which a mask has different entries, as far as its making shows."""
     shape = shape_of(x)
     sized = {d for d, n in enumerate(shape) if n != 1}
-    if not is_node(x) or x.eqn is None:
+    node = made_of(run, x)
+    if node is None or node.eqn is None:
         return sized
-    if x.op == "broadcast_in_dim":
-        inner, dims = _varying(x.inputs[0]), x.eqn.params["broadcast_dimensions"]
+    if node.op == "broadcast_in_dim":
+        dims = node.eqn.params["broadcast_dimensions"]
+        inner = _varying(run, node.inputs[0])
         return {d for i, d in enumerate(dims) if i in inner}
-    if x.op == "iota":
-        return {x.eqn.params["dimension"]} & sized
-    if all(shape_of(v) in ((), shape) for v in x.inputs) and x.op in ELEMENTWISE:
-        return set().union(*(_varying(v) for v in x.inputs if shape_of(v)))
+    if node.op in ("transpose", "reshape", "squeeze"):
+        return _moved(run, node, sized)
+    if node.op == "iota":
+        return {node.eqn.params["dimension"]} & sized
+    if node.op in ELEMENTWISE and all(len(shape_of(v)) in (0, len(shape)) for v in node.inputs):
+        return set().union(*(_varying(run, v) for v in node.inputs if shape_of(v)))
     return sized
+
+
+def _moved(run: Any, node: Any, sized: set[int]) -> set[int]:
+    """The same for an equation that only moves axes, `sized` in its result."""
+    inner = _varying(run, node.inputs[0])
+    if node.op == "transpose":
+        return {d for d, i in enumerate(node.eqn.params["permutation"]) if i in inner}
+    before = [i for i, n in enumerate(shape_of(node.inputs[0])) if n != 1]
+    after = sorted(sized)
+    if [shape_of(node.inputs[0])[i] for i in before] != [node.shape[d] for d in after]:
+        return sized
+    return {d for i, d in zip(before, after) if i in inner}
 
 
 def _squeezed(seen: jax.Array) -> jax.Array:

@@ -11,11 +11,11 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from jax.core import Tracer
 
 from stowax.pallas_kernels.codecs import LayoutError
 
 from .axes import Atom
-from .evaluate import concrete
 from .expr import Node, is_node, is_rooted, shape_of
 from .masks import HIDDEN
 from .match import Attention, Read
@@ -88,6 +88,23 @@ def peel(x: Any) -> Any:
     return x
 
 
+def made_of(run: Any, x: Any) -> Node | None:
+    """The equation that made what does not depend on caches, where it is known."""
+    if is_node(x):
+        return x if x.eqn is not None else None
+    return run.made_by(x) if isinstance(x, Tracer) else None
+
+
+def number(run: Any, x: Any) -> float | None:
+    """The one number that all entries of an array are, where it is a constant of the program."""
+    while (node := made_of(run, x)) is not None and node.op in _SAME:
+        x = node.inputs[0]
+    if node is not None or is_node(x) or isinstance(x, Tracer):
+        return None
+    value = np.asarray(x, np.float64)
+    return float(value.flat[0]) if value.size and np.all(value == value.flat[0]) else None
+
+
 def _exponent(run: Any, found: Attention) -> Any:
     """The scores that the softmax is of."""
     weights = peel(found.weights)
@@ -149,9 +166,9 @@ class _Scores:
     def factor(self, node: Node, x: Any, y: Any, of: Any) -> Any:
         if not is_rooted(x) or is_rooted(y):
             raise LayoutError("scores are multiplied by scores")
-        value = concrete(y)
-        if value is not None and value.size and np.ptp(value.astype(np.float64)) == 0:
-            self.scale.append(of(float(value.reshape(-1)[0])))
+        value = number(self.run, y)
+        if value is not None:
+            self.scale.append(of(value))
         elif not any(n != 1 for n in shape_of(y)):
             self.scale.append(of(self.run.array(y).reshape(())))
         else:
@@ -188,13 +205,12 @@ class _Scores:
 
     def bias(self, node: Node, x: Any) -> Mask:
         """A bias that is 0 or hides."""
-        made = x
-        while is_node(made) and made.op in _SAME:
-            made = made.inputs[0]
-        if not is_node(made) or made.op != "select_n" or len(made.inputs) != 3:
+        made = made_of(self.run, x)
+        while made is not None and made.op in _SAME:
+            made = made_of(self.run, made.inputs[0])
+        if made is None or made.op != "select_n" or len(made.inputs) != 3:
             raise LayoutError("a bias is added that is no mask of positions")
-        values = [concrete(v) for v in made.inputs[1:]]
-        zero = [v is not None and not v.any() for v in values]
+        zero = [number(self.run, v) == 0 for v in made.inputs[1:]]
         if sum(zero) != 1:
             raise LayoutError("a bias is added that is no mask of positions")
         self.hide(made.inputs[2 - zero.index(True)])
@@ -203,9 +219,9 @@ class _Scores:
     def hide(self, fill: Any) -> None:
         if self.soft_cap is not None:
             raise LayoutError("a mask comes before the soft cap")
-        value = concrete(fill)
+        value = number(self.run, fill)
         factor = np.prod(self.scale) if all(isinstance(c, float) for c in self.scale) else 0
-        if value is None or not np.all(value.astype(np.float64) * factor <= HIDDEN):
+        if value is None or not value * factor <= HIDDEN:
             raise LayoutError("hidden scores do not become very low")
 
     def matmul(self, node: Node) -> Any:
