@@ -1,14 +1,19 @@
-"""A decode step of a Llama of the shape of 8 billion parameters, rewritten to low-bit weights: milliseconds and bytes.
+"""A decode step of a Llama of the shape of 8 billion parameters, rewritten: milliseconds and bytes.
 
   python -m stowax.experiments.bench_decode --layers=8
+  python -m stowax.experiments.bench_decode --layers=8 --context=32768 --specs=int4-g128-sym --caches=int8,int4-g64,kv4
 
-Random weights: it times, it does not judge. Expected on one H100: 4.4 ms in bf16, 1.35 in int8, 1.1 in int4. 30 s.
+The first line is the model as it is, in bfloat16; then each codec of weights with the model's own cache; then each
+method of caches with the first codec. Random weights and rows: it times, it does not judge. One H100, 1 minute; what to
+expect is in docs/kernels.md.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,16 +22,24 @@ from absl import app, flags
 
 import stowax as sx
 from stowax import memory_planner, models
+from stowax.experiments import kv_methods
+from stowax.experiments.results import write_json
 from stowax.transforms.report import counted, text_table
 
 LAYERS = flags.DEFINE_integer("layers", 8, "Layers of the 32.")
 BATCH = flags.DEFINE_integer("batch", 1, "Rows of the batch, a token each.")
+CONTEXT = flags.DEFINE_integer(
+    "context", 256, "Tokens that the cache has room for, nearly all used."
+)
 SPECS = flags.DEFINE_list(
     "specs", ["int8", "int4-g128-sym", "int4-g128"], "Codecs of the linear layers."
 )
-STEPS = flags.DEFINE_integer("steps", 50, "Steps that are timed.")
+CACHES = flags.DEFINE_list("caches", [], "Methods of caches, by the names of kv_methods.")
+SCAN = flags.DEFINE_bool("scan", True, "Stack the layers and scan over them, or write them out.")
+STEPS = flags.DEFINE_integer("steps", 30, "Steps that are timed.")
+OUT = flags.DEFINE_string("out", "", "JSON file for the results; none by default.")
 
-HEADER = ("linear layers", "weights, MB", "ms a step", "of bf16", "matmuls")
+HEADER = ("linear layers", "caches", "weights, MB", "caches, MB", "ms a step", "of bf16", "paths")
 
 
 def config(layers: int) -> models.LlamaConfig:
@@ -38,13 +51,30 @@ def config(layers: int) -> models.LlamaConfig:
         kv_heads=8,
         head_dim=128,
         ffn_dim=14_336,
+        dtype=jnp.bfloat16,
     )
 
 
 def random_params(c: models.LlamaConfig) -> Any:
-    shapes = jax.eval_shape(lambda: models.init_params(c))
+    shapes = jax.eval_shape(lambda: models.init_params(c, scan=SCAN.value))
     draw = lambda s: 0.02 * jax.random.normal(jax.random.key(s.size % 97), s.shape, jnp.bfloat16)
     return jax.tree.map(draw, shapes)
+
+
+def filled(cache: Any) -> Any:
+    """A cache as after a long text: rows at random, and the next token's position near the end."""
+
+    def fill(x: jax.Array) -> jax.Array:
+        if x.ndim == 0:
+            return jnp.full(x.shape, CONTEXT.value - STEPS.value - 8, x.dtype)
+        key = jax.random.key(x.size % 97)
+        if x.dtype == jnp.uint8:
+            return jax.random.bits(key, x.shape, jnp.uint8)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return jax.random.uniform(key, x.shape, jnp.float32, 0.01, 0.02).astype(x.dtype)
+        return x
+
+    return jax.tree.map(fill, cache)
 
 
 def step_ms(step: Any, params: Any, cache: Any, token: jax.Array) -> float:
@@ -59,23 +89,70 @@ def step_ms(step: Any, params: Any, cache: Any, token: jax.Array) -> float:
     return 1e3 * statistics.median(times[5:])
 
 
+@dataclasses.dataclass(frozen=True)
+class Result:
+    spec: str
+    method: str
+    weights: int
+    caches: int
+    ms: float
+    paths: str
+
+    def row(self, base: float) -> tuple[str, ...]:
+        megabytes = lambda n: f"{n / 1e6:,.0f}"
+        sizes = megabytes(self.weights), megabytes(self.caches)
+        return (
+            self.spec,
+            self.method,
+            *sizes,
+            f"{self.ms:.2f}",
+            f"{self.ms / base:.2f}",
+            self.paths,
+        )
+
+
+def measure(functions: Any, params: Any, token: jax.Array, spec: str, method: str) -> Result:
+    shapes = jax.eval_shape(lambda: functions.init_cache(BATCH.value, CONTEXT.value))
+    size = memory_planner.tree_nbytes
+    if not spec:
+        cache = filled(functions.init_cache(BATCH.value, CONTEXT.value))
+        ms = step_ms(functions.step, params, cache, token)
+        return Result("bf16", "model's own", size(params), size(shapes), ms, "")
+    parts: list[Any] = [sx.quantize({"embed|norm": None, "": spec})]
+    if method:
+        parts.append(sx.compress_kv(kv_methods.get(method)))
+    fast = sx.chain(*parts)(functions.step, params=0, **({"cache": 2} if method else {}))
+    packed = fast.encode(params, token, shapes)
+    cache = functions.init_cache(BATCH.value, CONTEXT.value)
+    cache = filled(fast.init_cache(shapes, packed, token) if method else cache)
+    table = fast.explain(packed, token, cache)
+    uses = [use.how for row in table.rows for use in row.uses if use.op == "matmul" and use.how]
+    sites = [s.path for row in table.caches.rows for s in row.sites] if method else []
+    paths = "; ".join(filter(None, (counted(uses, "; "), counted(sites, "; "))))
+    nbytes = size(packed), size(cache)
+    ms = step_ms(fast, packed, cache, token)
+    return Result(spec, method or "model's own", *nbytes, ms, paths)
+
+
 def main(_: list[str]) -> None:
     c = config(LAYERS.value)
-    functions, params = models.functions(c), random_params(c)
-    token = jnp.ones((BATCH.value, 1), jnp.int32)
-    cache = lambda: functions.init_cache(BATCH.value, 256, jnp.bfloat16)
-    megabytes = lambda tree: f"{memory_planner.tree_nbytes(tree) / 1e6:,.0f}"
-    base = step_ms(functions.step, params, cache(), token)
-    rows = [("bf16", megabytes(params), f"{base:.2f}", "1.00", "")]
-    for spec in SPECS.value:
-        fast = sx.quantize({"embed|norm": None, "": spec})(functions.step, params=0)
-        packed = fast.encode(params, token, jax.eval_shape(cache))
-        ms = step_ms(fast, packed, cache(), token)
-        uses = [use for row in fast.explain(packed, token, cache()).rows for use in row.uses]
-        how = counted([use.how for use in uses if use.op == "matmul" and use.how], "; ")
-        rows.append((spec, megabytes(packed), f"{ms:.2f}", f"{ms / base:.2f}", how))
-        print("  ".join(rows[-1]), flush=True)
-    print(text_table(HEADER, rows))
+    functions = models.functions(c, scan=SCAN.value)
+    params, token = random_params(c), jnp.ones((BATCH.value, 1), jnp.int32)
+    cases = [
+        ("", ""),
+        *((s, "") for s in SPECS.value),
+        *((SPECS.value[0], m) for m in CACHES.value),
+    ]
+    found: list[Result] = []
+    for spec, method in cases:
+        found.append(measure(functions, params, token, spec, method))
+        print("  ".join(found[-1].row(found[0].ms)), flush=True)
+    print(text_table(HEADER, [r.row(found[0].ms) for r in found]))
+    if OUT.value:
+        settings = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        settings |= {"layers": LAYERS.value, "batch": BATCH.value, "context": CONTEXT.value}
+        rows = [dataclasses.asdict(r) for r in found]
+        write_json(Path(OUT.value), {**settings, "scan": SCAN.value, "rows": rows})
 
 
 if __name__ == "__main__":
