@@ -395,7 +395,7 @@ PROGRAMS: Mapping[str, Program] = {
     "llama-train-offload-carry": tuned(llama_train, _SMALL, 8, 1024, policy="offload_carry"),
     "llama-decode": tuned(llama_step, _LARGE, 16, 1, 4096),
     "llama-prefill": tuned(llama_step, _LARGE, 1, 4096, 4096),
-    "convnet-train": tuned(linen_train, ConvNet((128, 256, 512), 2), 256, 64),
+    "convnet-train": tuned(linen_train, ConvNet((128, 256), 1), 256, 64),
     "moe-train": tuned(moe_train, 8, 2048, 1024, 4096, 8, 4),
     "equinox-mlp-train": tuned(equinox_train, 6, 16_384, 1024),
     "llama-train-wide": held_out(llama_train, _WIDE, 4, 2048, policy="dots_no_batch"),
