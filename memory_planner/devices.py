@@ -21,6 +21,7 @@ class Device:
     Attributes:
       name: as in `device(name)`.
       source: where the figures come from.
+      backend: `gpu`, `tpu` or `cpu`: whose compiler's rules hold.
       hbm_bytes: its memory, bytes.
       host_bytes: the share of the host's memory that one device can use, bytes.
       bandwidth: of its memory, bytes/s.
@@ -31,6 +32,7 @@ class Device:
 
     name: str
     source: str
+    backend: str
     hbm_bytes: int
     host_bytes: int
     bandwidth: float
@@ -89,7 +91,7 @@ def _calibrated(fields: dict[str, Any], measured: str | Path | Mapping[str, Any]
     given = {key: value for key, value in measured.items() if key != "flops"}
     if unknown := sorted(given.keys() - fields.keys() - {"name"}):
         raise ValueError(f"`measured` has {unknown}; a device has {sorted(fields)}.")
-    texts = ("name", "source")
+    texts = ("name", "source", "backend")
     figures = {key: value for key, value in given.items() if key not in texts} | flops
     if bad := [key for key, value in figures.items() if not _is_positive(value)]:
         raise ValueError(f"`measured` must give positive numbers, which these are not: {bad}.")

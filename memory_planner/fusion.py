@@ -87,11 +87,14 @@ class _Fusion:
 
     def anchored(self, op: Op, target: Value) -> None:
         self.roots[target] = self.read_by(op)
-        if op.name not in MATRIX or not self.goes_on([target]):
+        if not self.rules.fuses or op.name not in MATRIX or not self.goes_on([target]):
             self.write(target)
 
     def fusible(self, op: Op, target: Value) -> None:
         self.roots[target] = self.read_by(op)
+        if not self.rules.fuses:
+            self.write(target)
+            return
         line = self.lines.pop(op, [])
         if target in self.demanded or self.is_softmax_exp(op):
             self.write(target)
