@@ -27,10 +27,12 @@ class Memory:
     Attributes:
       home: for each value, the written value whose bytes it shares; itself if it is written; missing if it is fused.
       roots: for each value, the written values that computing it reads.
+      products: for each written value that a matrix product was fused into, what the product itself reads.
     """
 
     home: dict[Value, Value]
     roots: dict[Value, frozenset[Value]]
+    products: dict[Value, frozenset[Value]]
 
     def __contains__(self, value: Value) -> bool:
         return self.home.get(value) is value
@@ -46,6 +48,7 @@ class _Fusion:
         self.block, self.rules = block, rules
         self.home: dict[Value, Value] = {}
         self.roots: dict[Value, frozenset[Value]] = {}
+        self.products: dict[Value, frozenset[Value]] = {}
         self.lines: dict[Op, list[Value]] = {}  # what ends in this operation: a product, nothing written yet
         self.users = users_through_views(block)
         self.demanded = _demanded(block)
@@ -60,7 +63,7 @@ class _Fusion:
         for value in self.block.outputs:
             if not value.literal and value not in self.home:
                 self.write(value)
-        return Memory(self.home, self.roots)
+        return Memory(self.home, self.roots, self.products)
 
     def write(self, value: Value) -> None:
         self.home[value] = value
@@ -98,11 +101,16 @@ class _Fusion:
         line = self.lines.pop(op, [])
         if target in self.demanded or self.is_softmax_exp(op):
             self.write(target)
+            self.note_product(target, line)
         elif line:
             if not self.goes_on([*line, target]):
-                self.write_narrowest([*line, target])
+                self.note_product(self.write_narrowest([*line, target]), line)
         elif self.is_dear(target) and self.user(target) is None:
             self.write_narrowest(self.casts(target))
+
+    def note_product(self, value: Value, line: list[Value]) -> None:
+        if line:
+            self.products[value] = self.read_by(self.block.producers[line[0]])
 
     def goes_on(self, line: list[Value]) -> bool:
         """Hands a line on to the operation that it is fused with, if there is one."""
@@ -156,14 +164,14 @@ class _Fusion:
             line.insert(0, big[0])
         return line
 
-    def write_narrowest(self, line: list[Value]) -> None:
-        """Writes the last of the narrowest values of a line; the rest of the line reads it."""
+    def write_narrowest(self, line: list[Value]) -> Value:
+        """Writes the last of the narrowest values of a line, and gives it; the rest of the line reads it."""
         least = min(v.nbytes for v in line)
         chosen = max(i for i, v in enumerate(line) if v.nbytes == least)
         self.write(line[chosen])
         for v in line[chosen + 1 :]:
-            op = self.block.producers[v]
-            self.roots[v] = self.read_by(op)
+            self.roots[v] = self.read_by(self.block.producers[v])
+        return line[chosen]
 
 
 class Joins:

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .graph import Block, Op, Value
+from .kinds import UPDATES
 
 # The same operands give other results, or the call itself matters.
 _IMPURE = frozenset({"barrier", "pure_callback", "io_callback", "random_bits", "rng_uniform", "device_put"})
@@ -16,7 +17,8 @@ _IMPURE = frozenset({"barrier", "pure_callback", "io_callback", "random_bits", "
 
 def simplify(block: Block) -> Block:
     """`block` without dead and repeated operations; values keep their identity."""
-    return without_dead(without_repeats(with_narrow_stacks(with_sunk_broadcasts(block))))
+    block = without_repeats(with_narrow_stacks(with_sunk_broadcasts(block)))
+    return without_dead(with_own_broadcasts(block))
 
 
 def without_dead(block: Block) -> Block:
@@ -187,3 +189,20 @@ def _sunk(op: Op, i: int, maker: Op) -> Op:
         outer[i], inner[i] = operand, inside
     body = dataclasses.replace(body, inputs=tuple(inner), ops=(made, *body.ops))
     return dataclasses.replace(op, inputs=tuple(outer), blocks=(body,), consts=consts)
+
+
+def with_own_broadcasts(block: Block) -> Block:
+    """Gives every loop and update a broadcast of its own to start from, as cheap as it is to make again."""
+    ops: list[Op] = []
+    for op in block.ops:
+        op = dataclasses.replace(op, blocks=tuple(map(with_own_broadcasts, op.blocks)))
+        if op.blocks or op.name in UPDATES:
+            inputs = list(op.inputs)
+            for i, value in enumerate(inputs):
+                maker = block.producers.get(value)
+                if maker is not None and maker.name == "broadcast_in_dim":
+                    inputs[i] = dataclasses.replace(value)
+                    ops.append(dataclasses.replace(maker, outputs=(inputs[i],)))
+            op = dataclasses.replace(op, inputs=tuple(inputs))
+        ops.append(op)
+    return dataclasses.replace(block, ops=tuple(ops))
