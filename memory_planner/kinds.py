@@ -1,0 +1,103 @@
+"""What a compiler may do with a primitive: look through it, fuse it, or neither."""
+
+from __future__ import annotations
+
+from .cost import MATRIX
+from .graph import Op
+
+# Another name for the same bytes, at most another order of axes, which the compiler's layouts absorb.
+VIEWS = frozenset({"reshape", "squeeze", "expand_dims", "barrier", "copy", "stop_gradient", "transpose"})
+
+# Reductions end a fusion: their operand is computed inside it, their result is written.
+REDUCTIONS = frozenset(
+    {
+        "reduce_sum",
+        "reduce_max",
+        "reduce_min",
+        "reduce_prod",
+        "reduce_and",
+        "reduce_or",
+        "reduce_xor",
+        "argmax",
+        "argmin",
+    }
+)
+
+# They update a part of their first operand, in its place when nobody needs the old content.
+UPDATES = frozenset(
+    {
+        "dynamic_update_slice",
+        "scatter",
+        "scatter-add",
+        "scatter-mul",
+        "scatter-min",
+        "scatter-max",
+        "scatter-sub",
+        "scatter-apply",
+    }
+)
+
+# They read operands from memory and write their results to memory.
+OPAQUE = frozenset(
+    {
+        "gather",
+        "sort",
+        "top_k",
+        "approx_top_k",
+        "cumsum",
+        "cumprod",
+        "cummax",
+        "cummin",
+        "cumlogsumexp",
+        "reduce_window",
+        "reduce_window_max",
+        "reduce_window_sum",
+        "select_and_scatter_add",
+        "select_and_gather_add",
+        "pallas_call",
+        "custom_linear_solve",
+        "fft",
+        "cholesky",
+        "triangular_solve",
+        "lu",
+        "qr",
+        "eigh",
+        "svd",
+        "random_bits",
+        "threefry2x32",
+        "all_gather",
+        "all_to_all",
+        "psum",
+        "psum_scatter",
+        "reduce_scatter",
+        "ppermute",
+        "pmax",
+        "pmin",
+        "device_put",
+        "pure_callback",
+        "io_callback",
+    }
+)
+
+
+def is_fusible(op: Op) -> bool:
+    """Elementwise operations, broadcasts, slices and the like: computed where they are used."""
+    if op.name.startswith("scatter") and is_one_hot(op):
+        return True
+    opaque = op.name in OPAQUE or op.name in UPDATES or op.name in MATRIX or op.blocks
+    return not opaque and op.name not in REDUCTIONS
+
+
+def is_one_hot(op: Op) -> bool:
+    """A gather or scatter of one element a row (`take_along_axis`), which becomes a comparison with an iota."""
+    numbers = op.params.get("dimension_numbers")
+    batched = getattr(numbers, "operand_batching_dims", ())
+    window = getattr(numbers, "update_window_dims", getattr(numbers, "offset_dims", ()))
+    return len(batched) == len(op.inputs[0].shape) - 1 > 0 and not window
+
+
+def reads_memory(op: Op) -> bool:
+    """Whether the operation needs its operands in memory: no producer is fused into it."""
+    if op.name.startswith(("gather", "scatter")):
+        return not is_one_hot(op)
+    return op.name in OPAQUE or bool(op.blocks)

@@ -1,0 +1,218 @@
+"""From a block to buffers with lifespans: what is alive when, and the peak.
+
+Buffers are reused in place as compilers do: an update of a part and a loop's carry take over their operand's memory
+when nobody needs the old content, elementwise results that of an operand of equal size, outputs that of a donated
+argument. A loop's stacks lie outside its body: slices are read, results written where they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence, Set
+
+import jax.numpy as jnp
+
+from .cost import MATRIX
+from .fusion import Memory, fuse, users_through_views
+from .graph import HOST, Block, Graph, Op, Value
+from .kinds import REDUCTIONS, UPDATES, VIEWS, is_fusible
+from .rules import Rules
+from .schedule import Step, reordered, steps_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """One buffer: its bytes and its half-open lifespan, in steps.
+
+    Attributes:
+      name: of the value in it.
+      nbytes: as written, which may be less than the value's own.
+      start, end: it is alive at steps ``start <= t < end``.
+      value: the value.
+    """
+
+    name: str
+    nbytes: int
+    start: int
+    end: int
+    value: Value
+
+
+@dataclasses.dataclass(frozen=True)
+class Lifetimes:
+    """The device buffers of a block beyond those that it is given.
+
+    Attributes:
+      ops: the operations that write, in order; a loop's body stands, once, in the place of the loop.
+      spans: the buffers.
+    """
+
+    ops: tuple[Op, ...]
+    spans: tuple[Span, ...]
+
+    def totals(self) -> list[int]:
+        """Bytes alive at each step."""
+        change = [0] * (len(self.ops) + 1)
+        for span in self.spans:
+            change[span.start] += span.nbytes
+            change[span.end] -= span.nbytes
+        totals, now = [], 0
+        for step in change[:-1]:
+            now += step
+            totals.append(now)
+        return totals
+
+    @property
+    def peak(self) -> int:
+        return max(self.totals(), default=0)
+
+
+def lifetimes(graph: Graph, rules: Rules) -> Lifetimes:
+    """The buffers of a whole program, its arguments and outputs aside."""
+    lives = _Lives(graph, rules)
+    lives.kept = {lives.memory.home.get(v, v) for v in graph.outputs}
+    lives.targets = {lives.memory.home.get(o, o): v for o, v in donations(graph).items()}
+    return lives.run()
+
+
+def donations(graph: Graph) -> dict[Value, Value]:
+    """For each output the donated input whose memory it takes: the first of equal shape and dtype, as in jax."""
+    free = [v for v in graph.inputs if v in graph.donated]
+    taken: dict[Value, Value] = {}
+    for output in graph.outputs:
+        kind = (output.shape, output.dtype, output.space)
+        fits = [v for v in free if (v.shape, v.dtype, v.space) == kind]
+        if fits and not output.literal and output not in taken:
+            taken[output] = fits[0]
+            free.remove(fits[0])
+    return taken
+
+
+def _body(op: Op, block: Block, rules: Rules) -> Lifetimes:
+    """What one run of a body needs beside its operands, its carries and its results."""
+    lives = _Lives(block, rules)
+    if op.name == "cond":
+        placed = block.outputs
+    else:
+        lives.reusable = set(block.inputs[op.consts : op.consts + op.carries])
+        placed = [v for v in block.outputs[op.carries :] if _is_placed(block, v)]
+    lives.kept = {lives.memory.home.get(v, v) for v in placed}
+    return lives.run()
+
+
+def _is_placed(block: Block, value: Value) -> bool:
+    """Whether a stacked result is computed right in the stack: all but copies that were updated."""
+    op = block.producers.get(value)
+    while op is not None and op.name in VIEWS:
+        value = op.inputs[op.outputs.index(value)]
+        op = block.producers.get(value)
+    return op is not None and op.name not in UPDATES
+
+
+class _Lives:
+    """Buffers of one block.
+
+    `kept` are values that lie in memory counted elsewhere, `targets` says which of them lie in a donated argument,
+    `reusable` are inputs that may be overwritten.
+    """
+
+    def __init__(self, block: Block, rules: Rules):
+        self.block, self.rules = block, rules
+        self.memory: Memory = fuse(block, rules)
+        self.kept: Set[Value] = set()
+        self.targets: Mapping[Value, Value] = {}
+        self.reusable: Set[Value] = set()
+        self.given = {*block.inputs, *block.constants}
+        self.returned = {self.memory.home.get(v, v) for v in block.outputs}
+        self.users = users_through_views(block)
+
+    def run(self) -> Lifetimes:
+        steps = steps_of(self.block, self.memory)
+        if self.rules.reorders:
+            steps = reordered(steps, self.given | self.kept)
+        return _flat(steps, self.spans(steps), self.rules)
+
+    def spans(self, steps: Sequence[Step]) -> list[Span]:
+        last = self.last_reads(steps)
+        start: dict[Value, int] = {}
+        end: dict[Value, int] = {}
+        owner: dict[Value, Value] = {}  # in whose buffer a value lies
+        for i, step in enumerate(steps):
+            for number, value in enumerate(step.writes):
+                if value.space == HOST:
+                    continue
+                stop = last.get(value, i) + 1
+                if value in self.kept:
+                    stop = self.moved_at(step, value, i, last)
+                    if stop is None:
+                        continue
+                elif (source := self.overwritten(step, number, value, i, last)) is not None:
+                    owner[value] = owner.get(source, source)
+                    if owner[value] in end:
+                        end[owner[value]] = max(end[owner[value]], stop)
+                    continue
+                start[value], end[value], owner[value] = i, stop, value
+        ends = len(steps)
+        return [Span(v.name, self.size(v), start[v], min(end[v], ends), v) for v in start]
+
+    def last_reads(self, steps: Sequence[Step]) -> dict[Value, int]:
+        last = {v: i for i, s in enumerate(steps) for v in s.reads}
+        last.update({v: len(steps) for v in self.returned})
+        return last
+
+    def moved_at(self, step: Step, value: Value, i: int, last: Mapping[Value, int]) -> int | None:
+        """When a result moves into the donated argument that it replaces; None if it is made there."""
+        target = self.targets.get(value)
+        busy = -1 if target is None else last.get(target, -1)
+        direct = busy == i and (is_fusible(step.op) or step.op.name in UPDATES)
+        return None if busy < i or direct else busy + 1
+
+    def overwritten(self, step: Step, number: int, value: Value, i: int, last: Mapping[Value, int]):
+        """The value, read for the last time here, whose buffer `value` takes over, if any."""
+        if not self.rules.fuses:
+            return None
+        for v in self.candidates(step, number, value):
+            is_free = v not in self.given or v in self.reusable
+            if is_free and v not in self.kept and last.get(v, i) <= i and v.space == value.space:
+                return v
+        return None
+
+    def candidates(self, step: Step, number: int, value: Value) -> Iterator[Value]:
+        op, home = step.op, self.memory.home
+        if op.name in UPDATES:
+            yield home[op.inputs[0]]
+        elif op.name in ("scan", "while"):
+            at = op.outputs.index(value)
+            if at < op.carries and op.inputs[op.consts + at] in home:
+                yield home[op.inputs[op.consts + at]]
+        elif is_fusible(op) and not any(u.name in REDUCTIONS for u in self.users.get(value, ())):
+            spared = step.reads - self.memory.products.get(value, frozenset())
+            yield from (v for v in spared if v.nbytes == value.nbytes)
+
+    def size(self, value: Value) -> int:
+        """Bytes as written: what only matrix products read is rounded to what they multiply."""
+        names = {u.name for u in self.users.get(value, ())}
+        rounded = names & MATRIX and names <= MATRIX | REDUCTIONS and value.dtype == jnp.float32
+        if self.rules.rounds_products and rounded and value not in self.kept | self.returned:
+            return value.nbytes // 2
+        return value.nbytes
+
+
+def _flat(steps: Sequence[Step], spans: Sequence[Span], rules: Rules) -> Lifetimes:
+    """Puts the bodies of loops, the larger branch of a `cond`, in the place of their step."""
+    ops: list[Op] = []
+    inner: list[Span] = []
+    begins: list[int] = []
+    for step in steps:
+        begins.append(len(ops))
+        bodies = [_body(step.op, block, rules) for block in step.op.blocks]
+        body = max(bodies, key=lambda body: body.peak, default=Lifetimes((), ()))
+        inner += [_shifted(span, len(ops)) for span in body.spans]
+        ops += body.ops or (step.op,)
+    begins.append(len(ops))
+    outer = [dataclasses.replace(s, start=begins[s.start], end=begins[s.end]) for s in spans]
+    return Lifetimes(tuple(ops), (*outer, *inner))
+
+
+def _shifted(span: Span, by: int) -> Span:
+    return dataclasses.replace(span, start=span.start + by, end=span.end + by)

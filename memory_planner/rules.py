@@ -1,0 +1,66 @@
+"""Constants of the fusion and buffer rules, by backend and by the version of jax that brings the compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from importlib import resources
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What `fusion` and `liveness` are told of a compiler.
+
+    Attributes:
+      source: what they were fitted on.
+      duplicate_inputs: a value is computed again in every user while that reads at most so many large arrays.
+      large_fraction: an operand counts as large from this fraction of the value's bytes on.
+      softmax_row: rows up to so many elements are exponentiated and summed at once, the exponentials written.
+      softmax_product_row: up to so many, also together with the product before, which then is not written.
+      rounds_products: what only matrix products read is written in their dtype, float32 as bfloat16.
+      fuses: whether operations are fused at all, and buffers reused in place.
+      reorders: whether an operation that frees memory runs as soon as it can.
+    """
+
+    source: str
+    duplicate_inputs: int = 0
+    large_fraction: float = 0.25
+    softmax_row: int = 0
+    softmax_product_row: int = 0
+    rounds_products: bool = False
+    fuses: bool = True
+    reorders: bool = True
+
+
+# Plain liveness: every result is written where the program has it, and freed after its last use.
+PLAIN = Rules(source="no compiler: every result is written, in program order", fuses=False, reorders=False)  # fmt: skip
+
+
+def rules_for(backend: str, version: str = jax.__version__) -> Rules:
+    """The constants of a backend: those of the newest known version that isn't newer than `version`.
+
+    Args:
+      backend: `tpu`, `gpu` or `cpu`.
+      version: of jax.
+
+    Raises:
+      ValueError: there are none for this backend.
+    """
+    table = _table()
+    if backend not in table:
+        raise ValueError(f"`backend` is {backend!r}; there are rules for {', '.join(table)}.")
+    known = sorted(table[backend], key=_numbers)
+    fit = [v for v in known if _numbers(v) <= _numbers(version)] or known[:1]
+    return Rules(**table[backend][fit[-1]])
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, dict]]:
+    return json.loads(resources.files(__package__).joinpath("rules.json").read_text())
