@@ -1,5 +1,11 @@
 """The memory planner: numbers about buffers."""
 
+from .choose import Candidate as Candidate
+from .choose import Choice as Choice
+from .choose import InfeasibleError as InfeasibleError
+from .choose import Problem as Problem
+from .choose import Recompute as Recompute
+from .choose import choose as choose
 from .cost import op_seconds as op_seconds
 from .cost import seconds as seconds
 from .devices import Device as Device
@@ -13,6 +19,8 @@ from .liveness import Span as Span
 from .predict import Moment as Moment
 from .predict import Prediction as Prediction
 from .predict import predict as predict
+from .recompute import is_light as is_light
+from .recompute import recompute_seconds as recompute_seconds
 from .report import MemoryReport as MemoryReport
 from .report import format_bytes as format_bytes
 from .report import memory_report as memory_report

@@ -1,0 +1,117 @@
+"""A function as one flat jaxpr: calls inlined, scans kept, their bodies flat too.
+
+It is for programs that are differentiated already: `jit` is looked through, custom rules and what `jax.checkpoint`
+recomputes stay single equations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core as jex
+
+from ..core import compat
+from ..core.program import of_arrays
+
+_INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Flat:
+    """A flat program.
+
+    Attributes:
+      jaxpr: open; its equations are no calls.
+      consts: values of its constants.
+      out_tree: structure of the result.
+      names: of its arguments, for reports.
+    """
+
+    jaxpr: compat.Jaxpr
+    consts: tuple[Any, ...]
+    out_tree: Any
+    names: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal programs on equal shapes."""
+        words = [f"{e.primitive.name}{[v.aval.str_short() for v in e.outvars]}" for e in walk(self.jaxpr)]
+        words += [v.aval.str_short() for v in self.jaxpr.invars]
+        return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+
+
+def flatten(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flat:
+    """Traces `fn` and flattens it."""
+    flat, leaves = of_arrays(fn, args, kwargs)
+    shapes = [_on_device(v) for v in leaves.values()]
+    whole, out = jax.make_jaxpr(flat, return_shape=True)(*shapes)
+    body, consts = compat.open_jaxpr(whole)
+    inlined = jax.make_jaxpr(lambda *x: evaluate(body, consts, x))(*shapes)
+    body, consts = compat.open_jaxpr(inlined)
+    paths = [p for p, _ in jax.tree_util.tree_leaves_with_path((args, kwargs))]
+    names = tuple(jax.tree_util.keystr(paths[i], simple=True, separator="/") for i in leaves)
+    return Flat(body, tuple(consts), jax.tree.structure(out), names)
+
+
+def _on_device(leaf: Any) -> Any:
+    """The shape of a leaf as the program sees it, wherever it lives."""
+    if jax.typeof(leaf).memory_space == jax.memory.Space.Device:
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def evaluate(jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """Runs a jaxpr with its calls inlined."""
+    env = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
+    for eqn in jaxpr.eqns:
+        env.update(zip(eqn.outvars, step(eqn, compat.read(env, eqn.invars))))
+    return compat.read(env, jaxpr.outvars)
+
+
+def step(eqn: compat.Eqn, values: Sequence[Any]) -> list[Any]:
+    name = eqn.primitive.name
+    if name in _INLINED:
+        inner, consts = compat.open_jaxpr(eqn.params[_INLINED[name]])
+        with compat.scope(eqn):
+            return evaluate(inner, consts, values)
+    if name == "scan" and any(e.primitive.name in _INLINED for e in body_of(eqn)[0].eqns):
+        with compat.scope(eqn):
+            return scan(eqn, values, lambda values: evaluate(*body_of(eqn), values))
+    return compat.bind(eqn, values)
+
+
+def body_of(eqn: compat.Eqn) -> tuple[compat.Jaxpr, Sequence[Any]]:
+    return compat.open_jaxpr(eqn.params["jaxpr"])
+
+
+def scan(eqn: compat.Eqn, values: Sequence[Any], body: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    """`eqn`, a scan, with another body; `values` may have more scanned operands, and the body more results."""
+    consts, carries = compat.scan_split(eqn)
+    fixed, init, xs = values[:consts], values[consts : consts + carries], values[consts + carries :]
+
+    def run(carry: Any, x: Any) -> Any:
+        out = body([*fixed, *carry, *x])
+        return out[:carries], out[carries:]
+
+    p = eqn.params
+    carry, ys = lax.scan(
+        run, list(init), list(xs), length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+    )
+    return [*carry, *ys]
+
+
+def walk(jaxpr: compat.Jaxpr) -> Any:
+    """All equations, inner ones behind their own."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in compat.inner_jaxprs(eqn):
+            yield from walk(compat.open_jaxpr(inner)[0])
+
+
+def is_literal(atom: Any) -> bool:
+    return isinstance(atom, jex.Literal)

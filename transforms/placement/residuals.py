@@ -1,0 +1,260 @@
+"""What a program keeps for later, and what it could keep instead.
+
+Two kinds of places: a scan that stacks values which another scan takes apart again (the layers of a differentiated
+model), and the fullest point of the program itself, over which values are carried from the first half to the second.
+At each, the values that are used later are needed again; everything computed before is a candidate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from stowax.memory_planner import Candidate, Device, Problem, Recompute, is_light, recompute_seconds, tree_nbytes
+
+from ..core import compat
+from .flat import Flat, body_of, is_literal
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+    """A scan that stacks values, and a later one that takes them.
+
+    Attributes:
+      first, second: numbers of the equations.
+      results: for each operand of the second's body that comes from the first, by its place among the scanned ones:
+        the place among the first's stacked results.
+    """
+
+    first: int
+    second: int
+    results: dict[int, int]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Place:
+    """Where values are carried over: the body of the first scan of a `pair`, or the program up to equation `cut`.
+
+    Attributes:
+      key: names the place.
+      jaxpr: whose equations make the candidates.
+      last: equations from here on are not candidates.
+      required: variables that are needed again.
+      free: variables that are there anyway.
+      trips: runs of the body.
+      pair: None for the program itself.
+    """
+
+    key: str
+    jaxpr: compat.Jaxpr
+    last: int
+    required: tuple[Any, ...]
+    free: frozenset[Any]
+    trips: int = 1
+    pair: Pair | None = None
+
+
+def places(flat: Flat) -> list[Place]:
+    """The places of a program, those of scans first."""
+    jaxpr = flat.jaxpr
+    pairs = _pairs(jaxpr)
+    found = [_scan_place(jaxpr, pair, i) for i, pair in enumerate(pairs)]
+    paired = {jaxpr.eqns[p.first].outvars[r] for p in pairs for r in _stacked_outputs(jaxpr, p)}
+    return [*found, *_program_place(flat, paired)]
+
+
+def _pairs(jaxpr: compat.Jaxpr) -> list[Pair]:
+    scans = [i for i, eqn in enumerate(jaxpr.eqns) if eqn.primitive.name == "scan"]
+    made = {}
+    for i in scans:
+        _, carries = compat.scan_split(jaxpr.eqns[i])
+        for j, var in enumerate(jaxpr.eqns[i].outvars[carries:]):
+            made[var] = i, j
+    uses: dict[Any, list[int]] = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        for var in {v for v in eqn.invars if not is_literal(v)}:
+            uses.setdefault(var, []).append(i)
+    out = set(v for v in jaxpr.outvars if not is_literal(v))
+    found: dict[tuple[int, int], dict[int, int]] = {}
+    for i in scans:
+        eqn = jaxpr.eqns[i]
+        start = sum(compat.scan_split(eqn))
+        for k, var in enumerate(eqn.invars[start:]):
+            if is_literal(var) or var not in made or uses[var] != [i] or var in out:
+                continue
+            first, j = made[var]
+            if jaxpr.eqns[first].params["length"] == eqn.params["length"]:
+                found.setdefault((first, i), {})[k] = j
+    return [Pair(first, second, results) for (first, second), results in found.items()]
+
+
+def _stacked_outputs(jaxpr: compat.Jaxpr, pair: Pair) -> list[int]:
+    _, carries = compat.scan_split(jaxpr.eqns[pair.first])
+    return [carries + j for j in pair.results.values()]
+
+
+def _scan_place(jaxpr: compat.Jaxpr, pair: Pair, number: int) -> Place:
+    eqn = jaxpr.eqns[pair.first]
+    body, _ = body_of(eqn)
+    consts, carries = compat.scan_split(eqn)
+    free = {*body.constvars, *body.invars[:consts], *body.invars[consts + carries :]}
+    required = [body.outvars[carries + j] for j in dict.fromkeys(pair.results.values())]
+    needed = tuple(v for v in required if not is_literal(v))
+    return Place(
+        f"scan{number}", body, len(body.eqns), needed, frozenset(free), eqn.params["length"], pair
+    )
+
+
+def _program_place(flat: Flat, paired: set[Any]) -> list[Place]:
+    """The point where the values that were made and are used later take the most bytes."""
+    jaxpr = flat.jaxpr
+    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not is_literal(v)}
+    out = {v for v in jaxpr.outvars if not is_literal(v)}
+    change = [0] * (len(jaxpr.eqns) + 1)
+    for i, eqn in enumerate(jaxpr.eqns):
+        for v in eqn.outvars:
+            if v in last and v not in paired and v not in out:
+                change[i] += nbytes(v)
+                change[last[v]] -= nbytes(v)
+    total, best, cut = 0, 0, 0
+    for i, delta in enumerate(change):
+        total += delta
+        if total > best:
+            best, cut = total, i + 1
+    made = [v for eqn in jaxpr.eqns[:cut] for v in eqn.outvars]
+    required = tuple(v for v in made if last.get(v, -1) >= cut and v not in paired and v not in out)
+    free = frozenset({*jaxpr.constvars, *jaxpr.invars, *(v for v in made if v in out)})
+    return [Place("program", jaxpr, cut, required, free)] if required else []
+
+
+def nbytes(atom: Any) -> int:
+    return tree_nbytes(jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Numbers:
+    """The problem of some places, and what its numbers stand for.
+
+    Attributes:
+      variables: place and variable of each value.
+      equations: place and number of the equation of each operation.
+    """
+
+    problem: Problem
+    variables: tuple[tuple[int, Any], ...]
+    equations: tuple[tuple[int, int], ...]
+    names: tuple[str, ...]
+
+
+def numbers(
+    found: Sequence[Place], device: Device, *, reach: int = 0, offload: bool = False, ratio: float = 0.0
+) -> Numbers:
+    """The problem in numbers.
+
+    Args:
+      reach: of the points in the program that a single value crosses, at least one in so many is kept; 0 for no rule.
+      offload: whether values may go to the host.
+      ratio: bytes of an encoded value over its own; 0 where none may be encoded.
+    """
+    values: list[Candidate] = []
+    ops: list[Recompute] = []
+    variables: list[tuple[int, Any]] = []
+    equations: list[tuple[int, int]] = []
+    required: list[int] = []
+    groups: list[tuple[int, ...]] = []
+    hidden = 0.0
+    for p, place in enumerate(found):
+        index: dict[Any, int] = {}
+        made = {v: i for i, eqn in enumerate(place.jaxpr.eqns[: place.last]) for v in eqn.outvars}
+        first = len(ops)
+        light = [is_light(e) for e in place.jaxpr.eqns[: place.last]]
+
+        def number(var: Any, place: Place = place, index: Any = index, made: Any = made, light: Any = light, p: int = p, first: int = first) -> int:
+            if var not in index:
+                index[var] = len(values)
+                producer = made.get(var)
+                size = nbytes(var) * place.trips
+                keep = producer is None or not light[producer] or var in place.required
+                again = producer is not None and not place.jaxpr.eqns[producer].effects
+                values.append(
+                    Candidate(
+                        f"{place.key}/{_name(place, var, producer)}", size, first + producer if again else None,  # pyright: ignore
+                        var in place.free, keep, offload and keep and size >= 1 << 20,
+                        bool(ratio) and keep and _is_float(var), 2 * size / device.bandwidth,
+                    )
+                )  # fmt: skip
+                variables.append((p, var))
+            return index[var]
+
+        for i, eqn in enumerate(place.jaxpr.eqns[: place.last]):
+            inputs = tuple(number(v) for v in eqn.invars if not is_literal(v))
+            seconds = place.trips * recompute_seconds(eqn, device)
+            ops.append(Recompute(seconds, tuple(dict.fromkeys(inputs))))
+            equations.append((p, i))
+            hidden += seconds
+        required += [number(v) for v in place.required if v not in place.free]
+        if reach and place.pair is None:
+            points = [number(v) for v in crossings(place)]
+            groups += [tuple(points[i : i + reach]) for i in range(len(points) - reach + 1)]
+    trips = max((place.trips for place in found), default=1)
+    problem = Problem(
+        tuple(values), tuple(ops), tuple(dict.fromkeys(required)), tuple(groups), device.to_host, device.from_host,
+        hidden, min(1.0, 2 / trips), ratio or 1.0, 2 * (1 + (ratio or 1.0)) / device.bandwidth,
+    )  # fmt: skip
+    return Numbers(problem, tuple(variables), tuple(equations), tuple(v.name for v in values))
+
+
+def _is_float(var: Any) -> bool:
+    return jax.numpy.issubdtype(var.aval.dtype, jax.numpy.floating)
+
+
+def _name(place: Place, var: Any, producer: int | None) -> str:
+    """Stable between traces of one program: the place of the equation, and what it is."""
+    if producer is None:
+        inputs = [*place.jaxpr.constvars, *place.jaxpr.invars]
+        return f"input.{inputs.index(var)}" if var in inputs else "other"
+    eqn = place.jaxpr.eqns[producer]
+    part = f".{eqn.outvars.index(var)}" if len(eqn.outvars) > 1 else ""
+    return f"{producer}:{eqn.primitive.name}{part}"
+
+
+@functools.lru_cache(maxsize=16)
+def crossings(place: Place) -> tuple[Any, ...]:
+    """Values that alone cross a point of the first half: all before is used after it through them.
+
+    What is cheap to make from arguments (masks, tables of angles) doesn't count.
+    """
+    eqns = place.jaxpr.eqns[: place.last]
+    heavy: set[Any] = set()
+    last: dict[Any, int] = {}
+    for i, eqn in enumerate(eqns):
+        inputs = [v for v in eqn.invars if not is_literal(v)]
+        weighs = eqn.primitive.name in ("dot_general", "conv_general_dilated", "gather", "scan", "sort")
+        if weighs or any(v in heavy for v in inputs):
+            heavy.update(eqn.outvars)
+        last.update(dict.fromkeys(inputs, i))
+    live: set[Any] = set()
+    found: list[Any] = []
+    for i, eqn in enumerate(eqns):
+        live.update(v for v in eqn.outvars if v in heavy and last.get(v, -1) > i)
+        live -= {v for v in live if last[v] <= i}
+        if len(live) == 1 and (not found or found[-1] not in live):
+            found.append(next(iter(live)))
+    return tuple(_thinned(place, found))
+
+
+def _thinned(place: Place, found: list[Any]) -> list[Any]:
+    """Of neighbours with no matrix product between them, the last."""
+    made = {v: i for i, eqn in enumerate(place.jaxpr.eqns) for v in eqn.outvars}
+    kept: list[Any] = []
+    for var in found:
+        if kept:
+            between = place.jaxpr.eqns[made[kept[-1]] + 1 : made[var] + 1]
+            if not any(e.primitive.name in ("dot_general", "conv_general_dilated", "scan") for e in between):
+                kept.pop()
+        kept.append(var)
+    return kept
