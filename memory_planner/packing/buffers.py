@@ -113,5 +113,6 @@ def problem_of(buffers: Sequence[Buffer], alignment: int) -> Problem:
     if sum(sizes) >= LARGEST:
         raise ValueError(f"`buffers` have {sum(sizes)} bytes in total, expected below 2**62.")
     unit = math.gcd(*sizes) or 1
-    columns = [b.lower for b in buffers], [b.upper for b in buffers], [s // unit for s in sizes]
-    return Problem(*(np.array(column, np.int64) for column in columns), unit)
+    lower, upper = [b.lower for b in buffers], [b.upper for b in buffers]
+    columns = (np.array(column, np.int64) for column in (lower, upper, [s // unit for s in sizes]))
+    return Problem(*columns, unit=unit)
