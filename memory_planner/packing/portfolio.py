@@ -35,12 +35,14 @@ class Outcome:
       infeasible: proven that there is no packing.
       nodes: of branch and bound, over all orders; 0 when a heuristic was enough.
       method: what decided.
+      upper: units that the best greedy packing takes, where one was made.
     """
 
     offsets: np.ndarray | None
     infeasible: bool = False
     nodes: int = 0
     method: str = "time limit"
+    upper: int | None = None
 
     @property
     def decided(self) -> bool:
@@ -60,8 +62,9 @@ def decide(problem: Problem, capacity: int, *, deadline: float, workers: int = 2
         return Outcome(None, infeasible=True, method="max live")
     found = greedy(problem, capacity)
     if found.height <= capacity:
-        return Outcome(found.offsets, method=found.method)
-    return branch_and_bound(problem, capacity, deadline=deadline, workers=workers)
+        return Outcome(found.offsets, method=found.method, upper=found.height)
+    searched = branch_and_bound(problem, capacity, deadline=deadline, workers=workers)
+    return dataclasses.replace(searched, upper=found.height)
 
 
 def branch_and_bound(problem: Problem, capacity: int, *, deadline: float, workers: int) -> Outcome:

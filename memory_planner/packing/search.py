@@ -23,6 +23,7 @@ offsets, computed once. 3. A failure goes back past all parts that it doesn't de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -38,7 +39,13 @@ DONE = LARGEST  # the ceiling of a part in which nothing is left
 ZERO: Any = np.int64(0)
 NONE: Any = np.int64(-1)
 
-jit = numba.njit(nogil=True, cache=True)
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles on the first call and keeps the machine code for later runs, where a folder can be written."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return numba.njit(nogil=True)(function)
 
 
 @jit

@@ -92,17 +92,17 @@ def find_packing(
     workers: int = 2,
 ) -> Packing:
     """As `pack`, and tells how the packing was found."""
-    problem = problem_of(buffers, alignment)
+    problem, deadline = _start(buffers, alignment, time_limit, workers)
     if capacity < 0:
         raise ValueError(f"`capacity` is {capacity}, expected at least 0.")
-    deadline = time.monotonic() + time_limit
     outcome = decide(problem, capacity // problem.unit, deadline=deadline, workers=workers)
     if outcome.infeasible:
         probe = _probe(capacity // problem.unit, deadline, workers)
         raise explain(buffers, problem, capacity, probe)
     if outcome.offsets is None:
-        lower, upper = problem.max_live(), greedy(problem, 0).height
-        raise PackingTimeout(capacity, time_limit, lower * problem.unit, upper * problem.unit)
+        assert outcome.upper is not None
+        lower, upper = problem.max_live() * problem.unit, outcome.upper * problem.unit
+        raise PackingTimeout(capacity, time_limit, lower, upper)
     offsets = _in_bytes(buffers, problem, outcome.offsets, capacity, alignment)
     return Packing(offsets, outcome.method, outcome.nodes)
 
@@ -121,8 +121,7 @@ def min_capacity(
     Raises:
       ValueError: an argument out of its range.
     """
-    problem = problem_of(buffers, alignment)
-    deadline = time.monotonic() + time_limit
+    problem, deadline = _start(buffers, alignment, time_limit, workers)
     proven = untried = target = problem.max_live()
     found = greedy(problem, target)
     offsets, height = found.offsets, found.height
@@ -139,12 +138,24 @@ def min_capacity(
     return CapacityBounds(lower, upper, _in_bytes(buffers, problem, offsets, upper, alignment))
 
 
+def _start(
+    buffers: Sequence[Buffer], alignment: int, time_limit: float, workers: int
+) -> tuple[Problem, float]:
+    """The problem, and when the time is over."""
+    deadline = time.monotonic() + time_limit
+    if workers < 1:
+        raise ValueError(f"`workers` is {workers}, expected at least 1.")
+    return problem_of(buffers, alignment), deadline
+
+
 def _probe(capacity: int, deadline: float, workers: int) -> Callable[[Problem], Outcome]:
     """For many questions within what is left of the time: each gets an eighth of it."""
 
     def decide_part(part: Problem) -> Outcome:
-        until = deadline - 0.875 * max(0.0, deadline - time.monotonic())
-        return decide(part, capacity, deadline=until, workers=workers)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return Outcome(None)
+        return decide(part, capacity, deadline=deadline - 0.875 * left, workers=workers)
 
     return decide_part
 

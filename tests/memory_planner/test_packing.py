@@ -207,6 +207,7 @@ def test_buffer_takes_numpy_integers():
     [
         ({"capacity": -1}, "`capacity` is -1"),
         ({"alignment": 0}, "`alignment` is 0"),
+        ({"workers": 0}, "`workers` is 0"),
         ({"buffers": [Buffer("x", 0, 1, 1)] * 2}, r"`buffers` has ids .* more than once: \['x'\]"),
         ({"buffers": [Buffer(i, 0, 1, 2**61) for i in range(2)]}, "`buffers` have .* in total"),
     ],
