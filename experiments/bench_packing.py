@@ -3,7 +3,7 @@
   python -m stowax.experiments.bench_packing
 
 Expected on 2 CPU cores: all eleven packed into their capacity, none in more than 2 s; best fit by size, which is what
-XLA does, needs 1.3 to 1.4 times the capacity. A first run compiles the search for about 5 s, before it measures.
+XLA does, needs 1.3 to 1.4 times the capacity. A first run compiles the search for 5 to 6 s, before it measures.
 
 Problems and their licence: `tests/memory_planner/data/minimalloc/README.md`. Moffitt, MiniMalloc, ASPLOS 2023.
 """
