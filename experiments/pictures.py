@@ -150,3 +150,23 @@ def times(rows: Sequence[Mapping[str, Any]], x: str, label: str, path: Path, tit
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
+
+
+def front(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Milliseconds over peak bytes: our plans as a line, named rules as points, as a PNG."""
+    figure, axes = plt.subplots(figsize=(9, 5))
+    ours = sorted((r["xla"] / 2**30, r["ms"]) for r in rows if r["name"].startswith("ours"))
+    if ours:
+        axes.plot(*zip(*ours), marker="o", color="#1f6feb", label="ours, by budget")
+    for row in rows:
+        if not row["name"].startswith("ours"):
+            at = row["xla"] / 2**30, row["ms"]
+            axes.plot(*at, "s", color="#888")
+            axes.annotate(row["name"], at, textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.set(xlabel="peak, GiB (XLA)", ylabel="ms a step", title=title)
+    axes.set_ylim(0, None)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)

@@ -1,5 +1,8 @@
 """The memory planner: numbers about buffers."""
 
+from .choose import ENCODE as ENCODE
+from .choose import KEEP as KEEP
+from .choose import OFFLOAD as OFFLOAD
 from .choose import Candidate as Candidate
 from .choose import Choice as Choice
 from .choose import InfeasibleError as InfeasibleError
@@ -16,20 +19,21 @@ from .graph import Op as Op
 from .graph import Value as Value
 from .graph import trace as trace
 from .liveness import Span as Span
-from .predict import Moment as Moment
-from .predict import Prediction as Prediction
-from .predict import predict as predict
-from .recompute import is_light as is_light
-from .recompute import recompute_seconds as recompute_seconds
 from .packing import Buffer as Buffer
 from .packing import CapacityBounds as CapacityBounds
 from .packing import PackingError as PackingError
 from .packing import PackingTimeout as PackingTimeout
 from .packing import min_capacity as min_capacity
 from .packing import pack as pack
+from .predict import Moment as Moment
+from .predict import Prediction as Prediction
+from .predict import predict as predict
+from .recompute import is_light as is_light
+from .recompute import recompute_seconds as recompute_seconds
 from .report import MemoryReport as MemoryReport
 from .report import format_bytes as format_bytes
 from .report import memory_report as memory_report
+from .report import parse_bytes as parse_bytes
 from .report import tree_nbytes as tree_nbytes
 from .rules import PLAIN as PLAIN
 from .rules import Rules as Rules

@@ -29,7 +29,8 @@ class Candidate:
       nbytes: in memory, bytes; of a loop's, all trips together.
       producer: the number of the operation that makes it; None where nothing can make it again.
       free: it is there anyway (an argument).
-      keep, offload, encode: whether it may be kept so.
+      keep, offload: whether it may be kept so.
+      encode: bytes of it encoded over its own; 0 where it may not be encoded.
       seconds: what keeping costs in traffic.
     """
 
@@ -39,7 +40,7 @@ class Candidate:
     free: bool = False
     keep: bool = True
     offload: bool = False
-    encode: bool = False
+    encode: float = 0.0
     seconds: float = 0.0
 
 
@@ -62,7 +63,6 @@ class Problem:
       to_host, from_host: of the link, bytes/s.
       hidden: seconds of computation that transfers can hide behind, each way.
       staged: the share of an offloaded value that is on the device at a time.
-      ratio: bytes of an encoded value over its own.
       encode_seconds: for each byte, to encode and decode.
     """
 
@@ -74,7 +74,6 @@ class Problem:
     from_host: float = 1.0
     hidden: float = 0.0
     staged: float = 0.0
-    ratio: float = 1.0
     encode_seconds: float = 0.0
 
 
@@ -140,7 +139,10 @@ def choose(
         least = program.solve(budget, host, gap, time_limit, smallest=True)
         if least is None:
             raise InfeasibleError(budget, sum(v.nbytes for v in problem.values), [])
-        names = [problem.values[i].name for i in sorted(least.how, key=lambda i: -problem.values[i].nbytes)]
+        names = [
+            problem.values[i].name
+            for i in sorted(least.how, key=lambda i: -problem.values[i].nbytes)
+        ]
         raise InfeasibleError(budget, least.nbytes, names)
     return found
 
@@ -185,7 +187,8 @@ class _Program:
 
     def bytes_of(self) -> np.ndarray:
         sizes = np.array([v.nbytes for v in self.p.values], float)
-        return np.concatenate([sizes, self.p.staged * sizes, self.p.ratio * sizes, np.zeros(self.m + 2)])
+        encoded = [v.encode * v.nbytes for v in self.p.values]
+        return np.concatenate([sizes, self.p.staged * sizes, encoded, np.zeros(self.m + 2)])
 
     def host_bytes(self) -> np.ndarray:
         out = np.zeros(self.size)
@@ -196,7 +199,9 @@ class _Program:
         p, out = self.p, np.zeros(self.size)
         sizes = np.array([v.nbytes for v in p.values], float)
         out[: self.n] = [v.seconds for v in p.values]
-        out[2 * self.n : 3 * self.n] = p.ratio * out[: self.n] + p.encode_seconds * sizes
+        out[2 * self.n : 3 * self.n] = [
+            v.encode * v.seconds for v in p.values
+        ] + p.encode_seconds * sizes
         out[3 * self.n : -2] = [op.seconds for op in p.ops]
         out[-2:] = 1
         return out
@@ -205,13 +210,16 @@ class _Program:
         self, budget: int, host: int, gap: float, limit: float, smallest: bool = False
     ) -> Choice | None:
         p, sizes, at_host, seconds = self.p, self.bytes_of(), self.host_bytes(), self.seconds_of()
-        allowed = [[v.keep, v.offload, v.encode] for v in p.values]
+        allowed = [[v.keep, v.offload, v.encode > 0] for v in p.values]
         upper = np.ones(self.size)
         upper[: 3 * self.n] = np.array(allowed, float).reshape(self.n, 3).T.reshape(-1)
         upper[-2:] = np.inf
         rows, low = list(self.rows), list(self.low)
         high = [np.inf] * len(rows)
-        cover = lambda speed, i: ([*np.flatnonzero(at_host), self.size - 2 + i], [*(-at_host[at_host > 0] / speed), 1.0])
+        cover = lambda speed, i: (
+            [*np.flatnonzero(at_host), self.size - 2 + i],
+            [*(-at_host[at_host > 0] / speed), 1.0],
+        )
         for speed, i in ((p.to_host, 0), (p.from_host, 1)):
             rows.append(cover(speed, i))
             low.append(-p.hidden)
@@ -228,7 +236,11 @@ class _Program:
         factors, r, c = zip(*data) if data else ((), (), ())
         matrix = coo_array((factors, (r, c)), shape=(len(rows), self.size)).tocsr()
         unit = max(float(seconds[:-2].max(initial=0)), 1e-12)  # of objectives near 1
-        cost = sizes / scale if smallest else np.where(np.arange(self.size) < self.size - 2, seconds, 1) / unit
+        cost = (
+            sizes / scale
+            if smallest
+            else np.where(np.arange(self.size) < self.size - 2, seconds, 1) / unit
+        )
         integral = np.ones(self.size)
         integral[-2:] = 0
         result = milp(

@@ -49,7 +49,9 @@ class _Fusion:
         self.home: dict[Value, Value] = {}
         self.roots: dict[Value, frozenset[Value]] = {}
         self.products: dict[Value, frozenset[Value]] = {}
-        self.lines: dict[Op, list[Value]] = {}  # what ends in this operation: a product, nothing written yet
+        self.lines: dict[
+            Op, list[Value]
+        ] = {}  # what ends in this operation: a product, nothing written yet
         self.users = users_through_views(block)
         self.demanded = _demanded(block)
         self.joins = Joins(block, self.users)
@@ -181,7 +183,9 @@ class Joins:
         self.users = users
         outputs = set(block.outputs)
         self.order = {op: i for i, op in enumerate(block.ops)}
-        self.above: dict[Op, Op | None] = {}  # the next operation that everything after this one meets in
+        self.above: dict[
+            Op, Op | None
+        ] = {}  # the next operation that everything after this one meets in
         for op in reversed(block.ops):
             if op.name not in VIEWS:
                 ends = any(v in outputs for v in op.outputs)

@@ -6,7 +6,9 @@ from .cost import MATRIX
 from .graph import Op
 
 # Another name for the same bytes, at most another order of axes, which the compiler's layouts absorb.
-VIEWS = frozenset({"reshape", "squeeze", "expand_dims", "barrier", "copy", "stop_gradient", "transpose"})
+VIEWS = frozenset(
+    {"reshape", "squeeze", "expand_dims", "barrier", "copy", "stop_gradient", "transpose"}
+)
 
 # Reductions end a fusion: their operand is computed inside it, their result is written.
 REDUCTIONS = frozenset(

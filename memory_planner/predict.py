@@ -129,7 +129,7 @@ def predict(
     fn: Callable[..., Any] | Any,
     *args: Any,
     donate: int | Sequence[int] = (),
-    device: str | Device = "v5e",  # noqa: A002
+    device: str | Device = "v5e",
     rules: Rules | None = None,
     correction: float = 1.0,
 ) -> Prediction:

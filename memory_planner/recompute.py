@@ -20,7 +20,11 @@ FUSED_SHARE = 0.1  # of the traffic of an operation that is fused with its neigh
 def recompute_seconds(eqn: Any, device: Device) -> float:
     """Of one run of a jaxpr's equation; of a loop, all its trips."""
     name = eqn.primitive.name
-    inner = [getattr(x, "jaxpr", x) for x in eqn.params.values() if hasattr(getattr(x, "jaxpr", x), "eqns")]
+    inner = [
+        getattr(x, "jaxpr", x)
+        for x in eqn.params.values()
+        if hasattr(getattr(x, "jaxpr", x), "eqns")
+    ]
     if inner:
         trips = eqn.params.get("length", 1)
         return trips * max(sum(recompute_seconds(e, device) for e in j.eqns) for j in inner)

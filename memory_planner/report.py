@@ -6,6 +6,7 @@ record, `tree_nbytes` counts what the buffers of a pytree hold, with sub-byte ty
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
@@ -113,6 +114,31 @@ def format_bytes(count: int) -> str:
     """`count` bytes in the largest unit that keeps it at 1 or above: `1536` -> `1.50 KiB`."""
     power = min(max(abs(count).bit_length() - 1, 0) // 10, len(_UNITS) - 1)
     return f"{count} B" if power == 0 else f"{count / 1024**power:,.2f} {_UNITS[power]}"
+
+
+def parse_bytes(size: int | str, name: str) -> int:
+    """Bytes of a size: a number, or a text such as "8GiB", "512 MB", "1.5TiB".
+
+    Args:
+      name: of the argument, for the error.
+
+    Raises:
+      ValueError: it is neither, or negative.
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    match = (
+        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B\s*", size)
+        if isinstance(size, str)
+        else None
+    )
+    if match is None:
+        raise ValueError(
+            f'`{name}` is {size!r}; expected bytes, as a number or as "8GiB" or "512MB"'
+        )
+    number, prefix, binary = match.groups()
+    power = "kMGT".index(prefix.replace("K", "k")) + 1 if prefix else 0
+    return round(float(number) * (1024 if binary else 1000) ** power)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -12,7 +12,9 @@ from .graph import Block, Op, Value
 from .kinds import UPDATES
 
 # The same operands give other results, or the call itself matters.
-_IMPURE = frozenset({"barrier", "pure_callback", "io_callback", "random_bits", "rng_uniform", "device_put"})
+_IMPURE = frozenset(
+    {"barrier", "pure_callback", "io_callback", "random_bits", "rng_uniform", "device_put"}
+)
 
 
 def simplify(block: Block) -> Block:

@@ -40,7 +40,9 @@ class Flat:
     @property
     def fingerprint(self) -> str:
         """Equal for equal programs on equal shapes."""
-        words = [f"{e.primitive.name}{[v.aval.str_short() for v in e.outvars]}" for e in walk(self.jaxpr)]
+        words = [
+            f"{e.primitive.name}{[v.aval.str_short() for v in e.outvars]}" for e in walk(self.jaxpr)
+        ]
         words += [v.aval.str_short() for v in self.jaxpr.invars]
         return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
 
@@ -89,7 +91,9 @@ def body_of(eqn: compat.Eqn) -> tuple[compat.Jaxpr, Sequence[Any]]:
     return compat.open_jaxpr(eqn.params["jaxpr"])
 
 
-def scan(eqn: compat.Eqn, values: Sequence[Any], body: Callable[[list[Any]], list[Any]]) -> list[Any]:
+def scan(
+    eqn: compat.Eqn, values: Sequence[Any], body: Callable[[list[Any]], list[Any]]
+) -> list[Any]:
     """`eqn`, a scan, with another body; `values` may have more scanned operands, and the body more results."""
     consts, carries = compat.scan_split(eqn)
     fixed, init, xs = values[:consts], values[consts : consts + carries], values[consts + carries :]

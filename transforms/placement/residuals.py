@@ -14,7 +14,15 @@ from typing import Any
 
 import jax
 
-from stowax.memory_planner import Candidate, Device, Problem, Recompute, is_light, recompute_seconds, tree_nbytes
+from stowax.memory_planner import (
+    Candidate,
+    Device,
+    Problem,
+    Recompute,
+    is_light,
+    recompute_seconds,
+    tree_nbytes,
+)
 
 from ..core import compat
 from .flat import Flat, body_of, is_literal
@@ -64,7 +72,8 @@ def places(flat: Flat) -> list[Place]:
     pairs = _pairs(jaxpr)
     found = [_scan_place(jaxpr, pair, i) for i, pair in enumerate(pairs)]
     paired = {jaxpr.eqns[p.first].outvars[r] for p in pairs for r in _stacked_outputs(jaxpr, p)}
-    return [*found, *_program_place(flat, paired)]
+    read = {v for pair in pairs for v in jaxpr.eqns[pair.first].invars if not is_literal(v)}
+    return [*found, *_program_place(flat, paired, read)]
 
 
 def _pairs(jaxpr: compat.Jaxpr) -> list[Pair]:
@@ -109,8 +118,11 @@ def _scan_place(jaxpr: compat.Jaxpr, pair: Pair, number: int) -> Place:
     )
 
 
-def _program_place(flat: Flat, paired: set[Any]) -> list[Place]:
-    """The point where the values that were made and are used later take the most bytes."""
+def _program_place(flat: Flat, paired: set[Any], read: set[Any]) -> list[Place]:
+    """The point where the values that were made and are used later take the most bytes.
+
+    What the first scans of pairs `read` is needed again, by what their second scans make again.
+    """
     jaxpr = flat.jaxpr
     last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not is_literal(v)}
     out = {v for v in jaxpr.outvars if not is_literal(v)}
@@ -126,7 +138,8 @@ def _program_place(flat: Flat, paired: set[Any]) -> list[Place]:
         if total > best:
             best, cut = total, i + 1
     made = [v for eqn in jaxpr.eqns[:cut] for v in eqn.outvars]
-    required = tuple(v for v in made if last.get(v, -1) >= cut and v not in paired and v not in out)
+    later = lambda v: last.get(v, -1) >= cut or v in read
+    required = tuple(v for v in made if later(v) and v not in paired and v not in out)
     free = frozenset({*jaxpr.constvars, *jaxpr.invars, *(v for v in made if v in out)})
     return [Place("program", jaxpr, cut, required, free)] if required else []
 
@@ -151,14 +164,19 @@ class Numbers:
 
 
 def numbers(
-    found: Sequence[Place], device: Device, *, reach: int = 0, offload: bool = False, ratio: float = 0.0
+    found: Sequence[Place],
+    device: Device,
+    *,
+    reach: int = 0,
+    offload: bool = False,
+    bits: float = 0.0,
 ) -> Numbers:
     """The problem in numbers.
 
     Args:
       reach: of the points in the program that a single value crosses, at least one in so many is kept; 0 for no rule.
       offload: whether values may go to the host.
-      ratio: bytes of an encoded value over its own; 0 where none may be encoded.
+      bits: of an encoded element; 0 where none may be encoded.
     """
     values: list[Candidate] = []
     ops: list[Recompute] = []
@@ -173,7 +191,15 @@ def numbers(
         first = len(ops)
         light = [is_light(e) for e in place.jaxpr.eqns[: place.last]]
 
-        def number(var: Any, place: Place = place, index: Any = index, made: Any = made, light: Any = light, p: int = p, first: int = first) -> int:
+        def number(
+            var: Any,
+            place: Place = place,
+            index: Any = index,
+            made: Any = made,
+            light: Any = light,
+            p: int = p,
+            first: int = first,
+        ) -> int:
             if var not in index:
                 index[var] = len(values)
                 producer = made.get(var)
@@ -184,7 +210,7 @@ def numbers(
                     Candidate(
                         f"{place.key}/{_name(place, var, producer)}", size, first + producer if again else None,  # pyright: ignore
                         var in place.free, keep, offload and keep and size >= 1 << 20,
-                        bool(ratio) and keep and _is_float(var), 2 * size / device.bandwidth,
+                        bits / (8 * var.aval.dtype.itemsize) if keep and _is_float(var) else 0.0, 2 * size / device.bandwidth,
                     )
                 )  # fmt: skip
                 variables.append((p, var))
@@ -203,7 +229,7 @@ def numbers(
     trips = max((place.trips for place in found), default=1)
     problem = Problem(
         tuple(values), tuple(ops), tuple(dict.fromkeys(required)), tuple(groups), device.to_host, device.from_host,
-        hidden, min(1.0, 2 / trips), ratio or 1.0, 2 * (1 + (ratio or 1.0)) / device.bandwidth,
+        hidden, min(1.0, 2 / trips), 2 / device.bandwidth,
     )  # fmt: skip
     return Numbers(problem, tuple(variables), tuple(equations), tuple(v.name for v in values))
 
@@ -233,7 +259,13 @@ def crossings(place: Place) -> tuple[Any, ...]:
     last: dict[Any, int] = {}
     for i, eqn in enumerate(eqns):
         inputs = [v for v in eqn.invars if not is_literal(v)]
-        weighs = eqn.primitive.name in ("dot_general", "conv_general_dilated", "gather", "scan", "sort")
+        weighs = eqn.primitive.name in (
+            "dot_general",
+            "conv_general_dilated",
+            "gather",
+            "scan",
+            "sort",
+        )
         if weighs or any(v in heavy for v in inputs):
             heavy.update(eqn.outvars)
         last.update(dict.fromkeys(inputs, i))
@@ -254,7 +286,9 @@ def _thinned(place: Place, found: list[Any]) -> list[Any]:
     for var in found:
         if kept:
             between = place.jaxpr.eqns[made[kept[-1]] + 1 : made[var] + 1]
-            if not any(e.primitive.name in ("dot_general", "conv_general_dilated", "scan") for e in between):
+            if not any(
+                e.primitive.name in ("dot_general", "conv_general_dilated", "scan") for e in between
+            ):
                 kept.pop()
         kept.append(var)
     return kept

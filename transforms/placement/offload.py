@@ -1,0 +1,85 @@
+"""Arguments that live in host memory: fetched where they are used, layer by layer in a scan.
+
+A leaf that is only scanned over stays on the host as a stack; each run of the body fetches its own slice, so that the
+device holds one layer or two. The copies of one layer overlap with the computation on what has come already.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from ..core import compat
+from ..core.program import select
+from .flat import body_of, evaluate, flatten, scan, step
+
+HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+
+
+class Offloaded:
+    """A function whose arguments may live on the host; see `offload`."""
+
+    def __init__(self, fn: Callable[..., Any], params: int | str):
+        self.fn, self.params = fn, params
+        functools.update_wrapper(self, fn)
+
+    def place(self, tree: Any) -> Any:
+        """The argument `params`, all its arrays in host memory."""
+        return jax.tree.map(lambda x: jax.device_put(x, HOST) if compat.is_array(x) else x, tree)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        select(self.fn, args, kwargs, (self.params,))
+        leaves = [x for x in jax.tree.leaves((args, kwargs)) if compat.is_array(x)]
+        flat = flatten(self.fn, args, kwargs)
+        env = dict(zip(flat.jaxpr.constvars, flat.consts)) | dict(zip(flat.jaxpr.invars, leaves))
+        for eqn in flat.jaxpr.eqns:
+            env.update(zip(eqn.outvars, run(eqn, compat.read(env, eqn.invars))))
+        return jax.tree.unflatten(flat.out_tree, compat.read(env, flat.jaxpr.outvars))
+
+
+def offload(fn: Callable[..., Any], *, weights: str = "host", params: int | str = 0) -> Offloaded:
+    """`fn` with its weights in host memory, fetched layer by layer.
+
+    Args:
+      fn: any function; scanned layers gain most (an unrolled model fetches each weight where it is used).
+      weights: "host".
+      params: the argument, by position or name, that holds the weights; its leaves may also be packed codes.
+
+    Returns:
+      A function of the same arguments. Move the weights once with its `place`. Leaves that are on the device are used
+      from there, so parts of the weights can stay.
+
+    Raises:
+      ValueError: `weights` is something else.
+
+    Example:
+      >>> streamed = offload(model.step, weights="host")
+      >>> params = streamed.place(params)
+      >>> logits, cache = jax.jit(streamed)(params, tokens, cache)
+    """
+    if weights != "host":
+        raise ValueError(f"`weights` is {weights!r}; expected 'host'")
+    return Offloaded(fn, params)
+
+
+def on_host(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jax.typeof(x).memory_space == HOST
+
+
+def fetched(x: Any) -> Any:
+    return jax.device_put(x, DEVICE) if on_host(x) else x
+
+
+def run(eqn: compat.Eqn, values: Sequence[Any]) -> list[Any]:
+    """An equation whose operands may be on the host."""
+    if not any(map(on_host, values)):
+        return step(eqn, values)
+    if eqn.primitive.name != "scan":
+        return step(eqn, list(map(fetched, values)))
+    first = sum(compat.scan_split(eqn))
+    values = [*map(fetched, values[:first]), *values[first:]]
+    body, consts = body_of(eqn)
+    return scan(eqn, values, lambda args: evaluate(body, consts, list(map(fetched, args))))

@@ -1,0 +1,353 @@
+"""`plan`: for one program and one budget, what is kept, made again, offloaded or encoded; checked by prediction."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from stowax.memory_planner import (
+    ENCODE,
+    KEEP,
+    Choice,
+    Device,
+    InfeasibleError,
+    Prediction,
+    choose,
+    format_bytes,
+    parse_bytes,
+    predict,
+)  # fmt: skip
+from stowax.memory_planner import (
+    device as device_of,
+)
+from stowax.pallas_kernels import codecs
+
+from ..report import text_table
+from . import rewrite
+from .baselines import BASELINES
+from .flat import Flat, flatten
+from .residuals import Numbers, Place, numbers, places
+
+_REACHES = (2, 1, 4, 8)
+_ROUNDS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A value that is carried over, and how."""
+
+    name: str
+    how: str
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What becomes of the values that a program carries from its first half to its second.
+
+    Attributes:
+      device: for which device.
+      budget: bytes of device memory, all that the program needs; None for a named baseline.
+      strategy: "optimal", or the name of a baseline.
+      kept: what is carried over; everything else that is needed later is made again.
+      again: names of what is made again.
+      before, after: predicted peak of the program as it is and by the plan, bytes.
+      seconds: of recomputation, traffic of what is kept, and transfers that are not hidden.
+      bound: no choice within the same bytes for what is kept takes less.
+      total_seconds: predicted for one run of the program as it is.
+      host: bytes of host memory that are used.
+      codec: of encoded values; "" where there are none.
+      fingerprint: of the program; `apply` takes no other.
+      timelines: bytes over the operations, before and after.
+    """
+
+    device: str
+    budget: int | None
+    strategy: str
+    kept: tuple[Kept, ...]
+    again: tuple[str, ...]
+    before: int
+    after: int
+    seconds: float
+    bound: float
+    total_seconds: float
+    host: int
+    codec: str
+    fingerprint: str
+    timelines: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+    @property
+    def gap(self) -> float:
+        """How far `seconds` can be from the least, as a share."""
+        return (self.seconds - self.bound) / max(self.seconds, 1e-12)
+
+    def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The function that obeys the plan: results are `fn`'s, bit for bit where nothing is encoded.
+
+        `fn` is the function that was planned, called with arguments of the same shapes. What comes out is an ordinary
+        function for `jax.jit`; it is not to be differentiated (plan the gradient, or use `remat`).
+        """
+
+        @functools.wraps(fn)
+        def planned(*args: Any, **kwargs: Any) -> Any:
+            flat = flatten(fn, args, kwargs)
+            if flat.fingerprint != self.fingerprint:
+                raise ValueError(
+                    f"the plan was made for another program ({self.fingerprint}; this is {flat.fingerprint}): other "
+                    "shapes, or another function. Plan it again with `sx.plan`."
+                )
+            leaves = [x for x in jax.tree.leaves((args, kwargs)) if hasattr(x, "shape")]
+            return jax.tree.unflatten(flat.out_tree, execute(flat, self, leaves))
+
+        return planned
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote. Raises ValueError where the text is none."""
+        try:
+            fields = json.loads(text)
+            fields["kept"] = tuple(Kept(**k) for k in fields["kept"])
+            fields["again"] = tuple(fields["again"])
+            fields["timelines"] = tuple(map(tuple, fields["timelines"]))
+            return cls(**fields)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"`text` is no plan ({error}); expected what `to_json` gives"
+            ) from None
+
+    def save_picture(self, path: str | Path) -> None:
+        """Bytes over time, before and after, as SVG or PNG by the ending of `path`."""
+        from .picture import draw
+
+        draw(self, Path(path))
+
+    def _repr_html_(self) -> str:
+        from .picture import html
+
+        return html(self)
+
+    def __str__(self) -> str:
+        budget = "" if self.budget is None else f" of {format_bytes(self.budget)}"
+        lines = [
+            f"{self.strategy} plan for {self.device}: peak {format_bytes(self.before)} -> {format_bytes(self.after)}"
+            f"{budget}, predicted; {1e3 * self.seconds:.2f} ms on top of {1e3 * self.total_seconds:.2f} "
+            f"(least {1e3 * self.bound:.2f}, gap {self.gap:.1%})"
+        ]
+        rows = [(k.name, k.how, format_bytes(k.nbytes)) for k in self.kept]
+        rows = sorted(rows, key=lambda r: r[1])
+        if rows:
+            lines += ["", text_table(("value", "how", "bytes"), rows)]
+        lines.append(
+            f"\n{len(self.again)} operations run again; {format_bytes(self.host)} on the host"
+        )
+        return "\n".join(lines)
+
+
+def plan(
+    fn: Callable[..., Any],
+    *args: Any,
+    hbm: int | str | None = None,
+    host: int | str = 0,
+    device: str | Device = "h100",
+    donate: int | Sequence[int] = (),
+    encode: str = "",
+    strategy: str = "optimal",
+    correction: float = 1.0,
+    time_limit: float = 60.0,
+) -> Plan:
+    """Plans the memory of a function: a training step, a gradient, any program with a first and a second half.
+
+    Args:
+      fn: the function, differentiated already if it trains (`jax.value_and_grad(loss)`, or a whole step).
+      *args: its arguments, arrays or `jax.ShapeDtypeStruct`s.
+      hbm: bytes of device memory for all of it, as a number or as "8GiB"; None is the device's own.
+      host: bytes of host memory for what is offloaded; 0 for none.
+      device: a name of `memory_planner.device`, or a `Device`.
+      donate: arguments whose memory may be reused, as in `jax.jit`.
+      encode: name of a codec ("int8-g128") that values may be kept in; "" for none. The only choice that changes
+        results.
+      strategy: "optimal", or a baseline: one of `BASELINES`.
+      correction: factor on predicted temporaries, from `Prediction.corrected` of a compiled program.
+      time_limit: seconds for each solve.
+
+    Raises:
+      ValueError: for a budget that can't be met, with the least that would do and what pins it; for unknown names.
+
+    Example:
+      >>> p = plan(jax.value_and_grad(loss), params, batch, hbm="6GiB", device="h100")
+      >>> step = jax.jit(p.apply(jax.value_and_grad(loss)))
+    """
+    target = device_of(device) if isinstance(device, str) else device
+    if strategy != "optimal" and strategy not in BASELINES:
+        raise ValueError(
+            f"`strategy` is {strategy!r}; expected 'optimal' or one of {sorted(BASELINES)}"
+        )
+    budget = target.hbm_bytes if hbm is None else parse_bytes(hbm, "hbm")
+    flat = flatten(fn, args, {})
+    search = _Search(
+        flat, args, target, donate, parse_bytes(host, "host"), encode, correction, time_limit
+    )
+    if strategy != "optimal":
+        return search.baseline(strategy)
+    return search(budget)
+
+
+def execute(flat: Flat, plan: Plan, leaves: Sequence[Any]) -> list[Any]:
+    """The results of a flat program by a plan."""
+    found = places(flat)
+    how = {k.name: k.how for k in plan.kept}
+    device = device_of(plan.device)
+    labels = numbers(found, device)
+    decisions = _decisions(
+        found, labels, {i: how[n] for i, n in enumerate(labels.names) if n in how}
+    )
+    return rewrite.run(flat, decisions, codecs.get(plan.codec) if plan.codec else None, leaves)
+
+
+def _decisions(
+    found: Sequence[Place], labels: Numbers, how: Mapping[int, str]
+) -> list[rewrite.Decisions]:
+    own: list[dict[Any, str]] = [{} for _ in found]
+    for i, word in how.items():
+        place, var = labels.variables[i]
+        own[place][var] = word
+    return [rewrite.Decisions(place, how) for place, how in zip(found, own)]
+
+
+class _Search:
+    """Solves for shares of the budget until the predicted peak of the rewritten program fits."""
+
+    def __init__(
+        self, flat: Flat, args: Any, device: Device, donate: Any, host: int, encode: str, correction: float, limit: float
+    ):  # fmt: skip
+        self.flat, self.args, self.device, self.host = flat, args, device, host
+        self.donate, self.correction, self.limit = donate, correction, limit
+        self.codec = codecs.get(encode) if encode else None
+        self.encode = encode
+        self.places = places(flat)
+        self.leaves = [x for x in jax.tree.leaves(args) if hasattr(x, "shape")]
+        bits = self.codec.bits_per_weight((1, 4096)) if self.codec is not None else 0.0
+        self.numbers = functools.cache(
+            lambda reach: numbers(self.places, device, reach=reach, offload=host > 0, bits=bits)
+        )
+        self.before = self.predicted(None)
+        from stowax.memory_planner import seconds, trace
+
+        self.total = seconds(trace(self.as_function(None), *self.leaves), device)
+
+    def as_function(self, how: Mapping[int, str] | None) -> Callable[..., list[Any]]:
+        labels = self.numbers(0)
+        decisions = [] if how is None else _decisions(self.places, labels, how)
+        return lambda *leaves: rewrite.run(self.flat, decisions, self.codec, leaves)
+
+    def predicted(self, how: Mapping[int, str] | None) -> Prediction:
+        sizes = [len([x for x in jax.tree.leaves(a) if hasattr(x, "shape")]) for a in self.args]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        given = (self.donate,) if isinstance(self.donate, int) else self.donate
+        donated = [starts[i] + j for i in given for j in range(sizes[i])]
+        return predict(
+            self.as_function(how),
+            *self.leaves,
+            donate=donated,
+            device=self.device,
+            correction=self.correction,
+        )
+
+    def __call__(self, budget: int) -> Plan:
+        found: list[list[tuple[Choice, Prediction]]] = []
+        for reach in self.reaches:
+            found.append(self.for_reach(self.numbers(reach), budget))
+            if any(p.peak <= budget for _, p in found[-1]):
+                break
+        tried = [c for choices in found for c in choices] + self.simple
+        fitting = [c for c in tried if c[1].peak <= budget]
+        if not fitting:
+            self.refuse(budget, min((p for _, p in tried), key=lambda p: p.peak))
+        choice, prediction = min(fitting, key=lambda c: c[0].seconds)
+        bounds = [c.bound for choices in found for c, p in choices if p.peak <= budget]
+        bound = min([choice.seconds, *bounds])
+        return self.made("optimal", budget, dataclasses.replace(choice, bound=bound), prediction)
+
+    @functools.cached_property
+    def simple(self) -> list[tuple[Choice, Prediction]]:
+        """What needs no solving: the baselines, those that offload only where there is a host."""
+        labels = self.numbers(0)
+        choices = [rule(self.places, labels) for rule in BASELINES.values()]
+        return [(c, self.predicted(c.how)) for c in choices if c.host_nbytes <= self.host]
+
+    @property
+    def reaches(self) -> tuple[int, ...]:
+        """How far recomputation may reach back: one way only where no single value crosses the program."""
+        return _REACHES if self.numbers(1).problem.groups else (0,)
+
+    def refuse(self, budget: int, least: Prediction) -> None:
+        names = ", ".join(f"{b.name} ({format_bytes(b.nbytes)})" for b in least.at_peak[:5])
+        ways = [] if self.host else ["give `host` memory to offload to"]
+        ways += [] if self.codec else ["allow `encode`"]
+        raise ValueError(
+            f"`hbm` is {format_bytes(budget)}; the least that was reached is {format_bytes(least.peak)}: arguments and "
+            f"outputs take {format_bytes(least.arguments + least.outputs)}, and at the peak there are {names}. To need "
+            f"less, {' or '.join([*ways, 'make the batch smaller'])}."
+        )
+
+    def for_reach(self, labels: Numbers, budget: int) -> list[tuple[Choice, Prediction]]:
+        """Choices for shares of the budget, the last ones near to it."""
+        total = sum(labels.problem.values[i].nbytes for i in labels.problem.required)
+        tried: list[tuple[Choice, Prediction]] = []
+        low, high = (
+            0,
+            total,
+        )  # shares below `low` are infeasible or fit, those above `high` don't fit
+        share = total - (self.before.peak - budget)
+        for _ in range(_ROUNDS):
+            share = min(max(share, low), high)
+            try:
+                choice = choose(labels.problem, share, self.host, time_limit=self.limit)
+            except InfeasibleError as error:
+                if error.least > high:
+                    break
+                low = share = error.least + error.least // 10_000 + 1  # the solver's tolerance
+                choice = choose(labels.problem, share, self.host, time_limit=self.limit)
+            tried.append((choice, self.predicted(choice.how)))
+            left = budget - tried[-1][1].peak
+            if left >= 0:
+                low = share
+                share = min(share + left, (share + high) // 2)
+            else:
+                high = min(share, choice.nbytes)
+                share = max(high + left, (low + high) // 2 if low else 0)
+            if high - low <= 0.02 * total or 0 <= left < 0.03 * budget:
+                break
+        return tried
+
+    def baseline(self, name: str) -> Plan:
+        choice = BASELINES[name](self.places, self.numbers(0))
+        return self.made(name, None, choice, self.predicted(choice.how))
+
+    def made(
+        self, strategy: str, budget: int | None, choice: Choice, prediction: Prediction
+    ) -> Plan:
+        labels = self.numbers(0)
+        p = labels.problem
+        kept = tuple(
+            Kept(p.values[i].name, how, p.values[i].nbytes) for i, how in sorted(choice.how.items())
+        )
+        again = tuple(
+            f"{self.places[labels.equations[o][0]].key}/{labels.equations[o][1]}"
+            for o in sorted(choice.again)
+        )
+        lines = tuple(tuple(m.nbytes for m in x.timeline) for x in (self.before, prediction))
+        encoded = any(k.how == ENCODE for k in kept)
+        return Plan(
+            self.device.name, budget, strategy, kept, again, self.before.peak, prediction.peak, choice.seconds,
+            choice.bound, self.total, choice.host_nbytes, self.encode if encoded else "", self.flat.fingerprint, lines,
+        )  # fmt: skip
