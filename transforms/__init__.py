@@ -11,6 +11,10 @@ from .explain import Explanation as Explanation
 from .imports import import_blocks as import_blocks
 from .kv import KVState as KVState
 from .kv import Method as Method
+from .placement import Plan as Plan
+from .placement import offload as offload
+from .placement import plan as plan
+from .placement import remat as remat
 from .quantize import Quantize as Quantize
 from .quantize import quantize as quantize
 from .show import show as show
