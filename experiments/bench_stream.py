@@ -1,0 +1,105 @@
+"""Decode with the weights in host memory: milliseconds a step against what the link to the host allows.
+
+  python -m stowax.experiments.bench_stream --layers=16
+
+A Llama of the shape of 8 billion parameters, scanned, random weights in bfloat16 (`--spec` packs them first). The floor
+is the bytes on the host over the measured rate of one large copy. Writes out/bench_stream.json. One H100: 2 minutes;
+what to expect is in docs/memory_planner.md.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+import stowax as sx
+from stowax import memory_planner, models
+from stowax.experiments.results import write_json
+from stowax.transforms.report import text_table
+
+LAYERS = flags.DEFINE_integer("layers", 16, "Layers of the 32.")
+BATCH = flags.DEFINE_integer("batch", 1, "Rows of the batch, a token each.")
+SPECS = flags.DEFINE_list("specs", ["", "int8", "int4-g128-sym"], "Codecs; '' is bfloat16.")
+DIM = flags.DEFINE_integer("dim", 4096, "Width; the other sizes follow.")
+STEPS = flags.DEFINE_integer("steps", 5, "Steps that are timed.")
+OUT = flags.DEFINE_string("out", "out/bench_stream.json", "Results.")
+
+HEADER = ("weights", "on host, MB", "device, MB", "ms a step", "floor, ms", "of the link")
+
+
+def config() -> models.LlamaConfig:
+    dim = DIM.value
+    return models.LlamaConfig(
+        vocab_size=32_000, dim=dim, layers=LAYERS.value, heads=dim // 128, kv_heads=max(1, dim // 512), head_dim=128,
+        ffn_dim=dim * 7 // 2, dtype=jnp.bfloat16,
+    )  # fmt: skip
+
+
+def link_bytes_per_second() -> float:
+    """Of one large copy from host to device memory, inside a program as the steps have it."""
+    host = jax.device_put(jnp.ones((1 << 30,), jnp.uint8), jax.memory.Space.Host)
+    copy = jax.jit(lambda x: jax.device_put(x, jax.memory.Space.Device) + jnp.uint8(0))
+    return host.nbytes / _median(lambda: copy(host))
+
+
+def _median(run: Any) -> float:
+    times = []
+    for _ in range(2 + STEPS.value):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def measure(spec: str, functions: Any, link: float) -> dict[str, Any]:
+    shapes = jax.eval_shape(lambda: models.init_params(config()))
+    draw = lambda s: 0.02 * jax.random.normal(jax.random.key(s.size % 97), s.shape, jnp.bfloat16)
+    params, step = jax.tree.map(draw, shapes), functions.step
+    token, cache = jnp.ones((BATCH.value, 1), jnp.int32), functions.init_cache(BATCH.value, 256)
+    if spec:
+        step = sx.quantize({"embed|norm": None, "": spec})(step, params=0)
+        params = step.encode(params, token, cache)
+    streamed = sx.offload(step, weights="host")
+    host = jax.block_until_ready({**params, "layers": streamed.place(params["layers"])})
+    del params
+    compiled = jax.jit(streamed).lower(host, token, cache).compile()
+    seconds = _median(lambda: compiled(host, token, cache))
+    report = memory_planner.memory_report(compiled)
+    moved = memory_planner.tree_nbytes(host["layers"])
+    return {
+        "spec": spec or "bfloat16",
+        "host_bytes": moved,
+        "device_bytes": report.peak,
+        "ms": 1e3 * seconds,
+        "floor_ms": 1e3 * moved / link,
+        "share": moved / link / seconds,
+    }
+
+
+def main(_: list[str]) -> None:
+    link = link_bytes_per_second()
+    print(f"link: {link / 1e9:.1f} GB/s", flush=True)
+    functions = models.functions(config())
+    rows = []
+    for spec in SPECS.value:
+        rows.append(measure(spec, functions, link))
+        print(rows[-1], flush=True)
+    megabytes = lambda n: f"{n / 1e6:,.0f}"
+    cells = [
+        (r["spec"], megabytes(r["host_bytes"]), megabytes(r["device_bytes"]), f"{r['ms']:.1f}", f"{r['floor_ms']:.1f}",
+         f"{r['share']:.0%}")
+        for r in rows
+    ]  # fmt: skip
+    print(text_table(HEADER, cells))
+    settings = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "link": link}
+    write_json(Path(OUT.value), settings | {"layers": LAYERS.value, "rows": rows})
+
+
+if __name__ == "__main__":
+    app.run(main)
