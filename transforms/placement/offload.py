@@ -24,7 +24,7 @@ class Offloaded:
 
     def __init__(self, fn: Callable[..., Any], params: int | str):
         self.fn, self.params = fn, params
-        functools.update_wrapper(self, fn)
+        functools.update_wrapper(self, fn, updated=())
 
     def place(self, tree: Any) -> Any:
         """The argument `params`, all its arrays in host memory."""
