@@ -3,6 +3,8 @@
 Every function takes `interpret`: inside the interpreter the registers' code has a plain jnp stand-in.
 """
 
+from .channels import expand_channels as expand_channels
+from .channels import permute_channels as permute_channels
 from .device import is_here as is_here
 from .fragments import Plan as Plan
 from .fragments import expand as expand
@@ -24,4 +26,3 @@ from .transposed import over_rows as over_rows
 from .transposed import spread_scales as spread_scales
 from .transposed import store_first as store_first
 from .transposed import store_weights as store_weights
-from .transposed import zero_shift as zero_shift

@@ -21,10 +21,12 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 from ..codecs import Codec
 from ..codecs.fp8 import Fp8
 from ..codecs.integer import Int
+from ..codecs.lloyd_max import LloydMax
 from ..codecs.nf4 import LEVELS, NF4
 from ..codecs.packing import PLANES
 from . import asm
 from .layout import ROW, ROWS, WGMMA, tiled
+from .polynomial import odd_polynomial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +49,12 @@ class Plan:
     Attributes:
       streams: how many.
       fields: for each piece the fields of its codes.
-      kind: "int", "levels" or "float".
+      kind: "int", "levels", "odd" (levels that mirror each other) or "float".
       bits: of a code.
       middle: what is subtracted from a code where there is no table of zeros.
       tables: the parts beside the codes, in order.
       mantissa: bits, of a float.
+      levels: in order, where the kind is "odd".
     """
 
     streams: int
@@ -61,10 +64,16 @@ class Plan:
     middle: int = 0
     tables: tuple[str, ...] = ("scale",)
     mantissa: int = 0
+    levels: tuple[float, ...] = ()
 
     @property
     def pieces(self) -> int:
         return len(self.fields)
+
+    @property
+    def terms(self) -> int:
+        """Numbers that make a value of a level: a scale, and what is added."""
+        return len(self.tables)
 
     @property
     def has_zero(self) -> bool:
@@ -76,6 +85,9 @@ def plan_of(codec: Codec) -> Plan:
     if isinstance(codec, Int) and codec.bits > 1:
         tables = ("scale",) if codec.symmetric else ("scale", "zero")
         return Plan(*_planes(codec.bits), "int", codec.bits, int(codec.middle), tables)
+    if isinstance(codec, LloydMax) and codec.bits > 1:
+        levels = tuple(map(float, codec.levels))
+        return Plan(*_planes(codec.bits), "odd", codec.bits, 0, ("scale", "mean"), levels=levels)
     if isinstance(codec, NF4):
         return Plan(*_planes(4), "levels", 4)
     if isinstance(codec, Fp8):
@@ -118,14 +130,14 @@ def magic_bits(dtype: Any) -> int:
 
 
 def terms_of(plan: Plan, tables: Sequence[jax.Array], dtype: Any) -> tuple[jax.Array, ...]:
-    """What `expand` wants of a piece's table entries: scale, or base, scale and rest.
+    """What `expand` wants of a piece's table entries: scale, scale and mean, or base, scale and rest.
 
     ``(code - zero) * scale = (code - base) * scale + rest`` with an integer base, so that nothing is lost where zeros
     are integers, and next to nothing where they are not.
     """
     scale = tables[0].astype(jnp.float32)
     if not plan.has_zero:
-        return (scale.astype(dtype),)
+        return (scale.astype(dtype), *(t.astype(dtype) for t in tables[1:]))
     zero = tables[1].astype(jnp.float32)
     base = jnp.round(zero)
     rest = (base - zero) * scale
@@ -220,6 +232,8 @@ class _Maker:
         raise NotImplementedError
 
     def scaled(self, pair: Any, terms: list[Any]) -> Any:
+        if len(terms) == 2:
+            return self.fma(pair, *terms)
         return self.mul(pair, terms[0]) if terms else pair
 
     def code(self, words: list[Any], fields: tuple[Field, ...], o: int, over: Any) -> Any:
@@ -269,6 +283,21 @@ class _Ints(_Maker):
         return self.fma(self.sub(pair, base), scale, rest)
 
 
+class _Odd(_Maker):
+    """Levels that mirror each other, as `halves` makes them."""
+
+    def pair(self, words: list[Any], fields: tuple[Field, ...], o: int) -> Any:
+        down, coefficients = odd_polynomial(self.plan.levels)
+        code = self.sub(self.code(words, fields, o, self.magic), self.magic)
+        middle = (2**self.plan.bits - 1) / 2
+        u = self.fma(code, self.constant(2.0**-down), self.constant(-middle / 2**down))
+        *rest, value = map(self.constant, coefficients)
+        square = self.mul(u, u)
+        for c in reversed(rest):
+            value = self.fma(value, square, c)
+        return self.mul(u, value)
+
+
 class _Floats(_Maker):
     """8-bit floats: their bits moved to the places of a wider float's, and the exponent's bias made up for."""
 
@@ -310,7 +339,7 @@ class _Levels(_Maker):
         return [[both(0, s), both(1, s)] for s in (0x5410, 0x7632)]
 
 
-MAKERS = {"int": _Ints, "float": _Floats, "levels": _Levels}
+MAKERS = {"int": _Ints, "odd": _Odd, "float": _Floats, "levels": _Levels}
 
 
 def _expanded(
@@ -339,15 +368,16 @@ def _expanded(
             shift = 128 if plan.bits == 8 and dtype == jnp.bfloat16 else -MAGIC[dtype.name]
             level = (level - (base + shift)).astype(dtype).astype(jnp.float32) * scale + rest
         elif columns:
-            level = level * columns[0]
+            level = level * columns[0] + (columns[1] if columns[1:] else 0)
         out.append(level.astype(dtype))
     return out
 
 
 def level_of(code: jax.Array, plan: Plan) -> jax.Array:
-    if plan.kind == "levels":
-        hot = (code[..., None] == jnp.arange(16)).astype(jnp.float32)
-        return sum(hot[..., i] * float(v) for i, v in enumerate(LEVELS))  # pyright: ignore
+    if plan.kind in ("levels", "odd"):
+        levels = plan.levels or tuple(map(float, LEVELS))
+        hot = (code[..., None] == jnp.arange(len(levels))).astype(jnp.float32)
+        return sum(hot[..., i] * v for i, v in enumerate(levels))  # pyright: ignore
     if plan.kind == "float":
         kind = jnp.float8_e4m3fn if plan.mantissa == 3 else jnp.float8_e5m2
         return jax.lax.bitcast_convert_type(code.astype(jnp.uint8), kind).astype(jnp.float32)

@@ -18,80 +18,83 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from . import asm
-from .fragments import MAKERS, Plan, level_of
+from .fragments import Plan, level_of
+from .halves import Halves
 from .layout import ROWS, WGMMA, tiled
 
 
-def zero_shift(plan: Plan, dtype: Any) -> int:
-    """What codes that have a zero are less by, as `expand_transposed` gives them."""
-    return 128 if plan.bits == 8 and dtype == jnp.bfloat16 else 0
-
-
 def expand_transposed(
-    codes: Any,
-    scales: Any,
-    plan: Plan,
-    *,
-    group: int,
-    dtype: Any,
-    row_bytes: int,
-    interpret: bool,
+    codes: Any, scales: Any, plan: Plan, *, group: int, row_bytes: int, interpret: bool
 ) -> list[jax.Array]:
-    """A tile of 64 tokens as A operands ``[64, 64]``, one for each 64 bytes of a row and each piece, in this order.
+    """A tile of 64 tokens as A operands ``f16[64, 64]``, one for each 64 elements of a row, in their order.
 
     Args:
-      codes: ``uint8[64, row_bytes]`` in shared memory.
-      scales: ``[groups * 64]``, tokens innermost, from `spread_scales`.
+      codes: ``uint8[64, row_bytes]`` in shared memory, `tiled`; flat where rows are less than 64 bytes.
+      scales: from `spread_scales`.
       group: elements that a scale covers.
 
     Returns:
-      Codes less `plan.middle`, or less `zero_shift` where there are zeros, times their scale. Row ``16 w + g + 8 r`` is
-      byte ``16 w + 2 g + r`` of the 64.
+      Row ``16 w + g + 8 r`` is element ``16 w + 2 g + r`` of the 64.
     """
-    chunks, piece = row_bytes // 64, row_bytes
+    tiles = plan.pieces * row_bytes // 64
     if interpret:
-        return _plain(codes[...], scales[...], plan, group, dtype, chunks, piece)
+        return _plain(codes[...].reshape(ROWS, -1), scales[...], plan, group, tiles)
+    at_once = max(1, 64 // row_bytes)  # pieces of a row in one operand
+    ref = plgpu.RefType(tiled(jnp.uint8, row_bytes)) if at_once == 1 else plgpu.RefType()
 
     @asm.inline(
-        arg_types=(plgpu.RefType(tiled(jnp.uint8, row_bytes)), plgpu.RefType()),
-        return_type=[plgpu.ShapeDtypeStruct((ROWS, ROWS), dtype, layout=WGMMA)]
-        * (chunks * plan.pieces),
+        arg_types=(ref, plgpu.RefType()),
+        return_type=[plgpu.ShapeDtypeStruct((ROWS, ROWS), jnp.float16, layout=WGMMA)] * tiles,
     )
     def run(ctx, codes, scales):
-        maker = MAKERS[plan.kind](plan, jnp.dtype(dtype))
-        warp, _, q = asm.lanes()
-        base = asm.pointer(scales)
-        out = []
-        for chunk in range(chunks):
-            words = _load_transposed(codes, chunk, row_bytes)
-            registers = [np.empty((8, 2), dtype=object) for _ in range(plan.pieces)]
-            for p in range(plan.pieces):
-                element = arith.addi(
-                    arith.muli(warp, asm.const(16)), asm.const(p * piece + 64 * chunk)
-                )
-                start = arith.muli(arith.divui(element, asm.const(group)), asm.const(ROWS))
-                start = arith.addi(start, arith.muli(q, asm.const(2)))
+        halves, (warp, _, q) = Halves(plan), asm.lanes()
+        base, out = asm.pointer(scales), {}
+        for chunk in range(max(1, row_bytes // 64)):
+            words = list(map(halves.places, _load_transposed(codes, chunk, row_bytes)))
+            for p in range(0, plan.pieces, at_once):
+                tile = (p * row_bytes + 64 * chunk) // 64
+                element = arith.addi(arith.muli(warp, asm.const(16)), asm.const(64 * tile))
+                own = arith.divui(element, asm.const(group))
+                field = halves.field(p if at_once == 1 else _piece(warp, p, at_once))
+                registers = np.empty((8, 2), dtype=object)
                 for octet in range(8):
-                    place = arith.muli(arith.addi(start, asm.const(8 * octet)), asm.const(2))
-                    place = asm.at(base, place, ir.IntegerType.get_signless(8))
-                    scale = llvm.load(asm.i32(), place)
+                    terms = _terms(base, own, octet, q, plan.terms)
                     for r in range(2):
-                        x = maker.pairs([words[octet]])[p][r]
-                        if plan.has_zero and not zero_shift(plan, jnp.dtype(dtype)):
-                            x = maker.sub(x, maker.magic)
-                        registers[p][octet, r] = asm.bits(maker.mul(x, scale), maker.vector)
-            out += [asm.array(r, WGMMA, (ROWS, ROWS)) for r in registers]
-        return out
+                        level = halves.level(words[octet][r], field)
+                        registers[octet, r] = halves.scaled(level, *terms)
+                out[tile] = asm.array(registers, WGMMA, (ROWS, ROWS))
+        return [out[tile] for tile in range(tiles)]
 
     return run(codes, scales)
 
 
+def _piece(warp: Any, first: int, at_once: int) -> Any:
+    """The piece that a warp takes of the `at_once` from `first` on."""
+    return arith.addi(arith.divui(warp, asm.const(4 // at_once)), asm.const(first))
+
+
+def _terms(base: Any, group: Any, octet: int, q: Any, terms: int) -> tuple[Any, Any]:
+    """The scales of a thread's two tokens of 8, and the rests or None."""
+    pair = arith.addi(arith.muli(group, asm.const(ROWS // 2)), asm.const(4 * octet))
+    start = arith.muli(arith.addi(pair, q), asm.const(4 * terms))
+    place = asm.at(base, start, ir.IntegerType.get_signless(8))
+    if terms == 1:
+        return llvm.load(asm.i32(), place), None
+    both = llvm.load(ir.VectorType.get((2,), asm.i32()), place, alignment=8)
+    return asm.extract(both, 0), asm.extract(both, 1)
+
+
 def _load_transposed(ref: Any, chunk: int, row_bytes: int) -> list[Any]:
-    """For each 8 tokens a word: bytes ``16 w + 2 g`` and the next of tokens 2 q and 2 q + 1."""
+    """For each 8 tokens a word: two bytes of tokens 2 q and 2 q + 1, from byte 2 g of a warp's 16 on.
+
+    Those are the w-th 16 of 64 bytes; where rows are shorter, warps begin anew.
+    """
     thread = arith.index_cast(asm.i32(), asm.thread())
     warp, _, _ = asm.lanes()
     lane = arith.andi(thread, asm.const(31))
     column = arith.addi(warp, asm.const(4 * chunk))
+    if row_bytes < 64:
+        column = arith.andi(column, asm.const(row_bytes // 16 - 1))
     base = llvm.ptrtoint(asm.i32(), asm.pointer(ref))
     out = []
     for half in range(2):
@@ -99,66 +102,100 @@ def _load_transposed(ref: Any, chunk: int, row_bytes: int) -> list[Any]:
         turn = arith.andi(token, asm.const(7))
         if row_bytes == 64:
             turn = arith.shrui(turn, asm.const(1))
-        place = arith.muli(arith.xori(column, turn), asm.const(16))
+        chunk_at = column if row_bytes < 64 else arith.xori(column, turn)
+        place = arith.muli(chunk_at, asm.const(16))
         place = arith.addi(base, arith.addi(arith.muli(token, asm.const(row_bytes)), place))
-        out += mgpu.utils.inline_ptx(
-            "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];",
-            place,
-            result_types=[asm.i32()] * 4,
-            has_side_effects=True,
-            convergent=True,
-        )
+        out += load_matrices(place)
     return out
 
 
-def _plain(
-    codes: jax.Array, scales: jax.Array, plan: Plan, group: int, dtype: Any, chunks: int, piece: int
-) -> list[jax.Array]:
-    scales = scales.reshape(-1, ROWS)  # [groups, tokens]
-    out = []
-    for chunk in range(chunks):
-        own = codes[:, 64 * chunk : 64 * chunk + 64].astype(jnp.int32)
-        rows = own.reshape(ROWS, 4, 8, 2).transpose(1, 3, 2, 0).reshape(64, ROWS)
-        for p, fields in enumerate(plan.fields):
-            code = sum(((rows >> f.shift) & (2**f.width - 1)) << f.up for f in fields)
-            level = level_of(jnp.asarray(code), plan)
-            if plan.has_zero:
-                level = level - zero_shift(plan, dtype)
-            warps = [(p * piece + 64 * chunk + 16 * w) // group for w in range(4)]
-            scale = jnp.concatenate(
-                [jnp.broadcast_to(scales[g : g + 1], (16, ROWS)) for g in warps]
-            )
-            out.append((level * scale.astype(jnp.float32)).astype(dtype))
-    return out
+def load_matrices(place: Any) -> list[Any]:
+    """Four matrices of 8 rows of 16 bytes, transposed in pairs of bytes.
+
+    Args:
+      place: in lane 8 i + j the address of row j of the i-th.
+    """
+    found = mgpu.utils.inline_ptx(
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];",
+        place,
+        result_types=[asm.i32()] * 4,
+        has_side_effects=True,
+        convergent=True,
+    )
+    return list(found)
 
 
-def spread_scales(to: Any, table: Any, groups: int, interpret: bool) -> None:
-    """A flat table ``[64 * groups]``, groups innermost, as `to` ``[groups * 64]``, tokens innermost, of its dtype."""
+def _plain(codes: jax.Array, scales: jax.Array, plan: Plan, group: int, tiles: int) -> Any:
+    pieces = [(codes.astype(jnp.int32) >> f.shift) & (2**f.width - 1) for (f,) in plan.fields]
+    terms = scales.reshape(-1, ROWS // 2, plan.terms, 2).transpose(2, 0, 1, 3)
+    per_row = [jnp.repeat(t.reshape(-1, ROWS), group, axis=0) for t in terms]
+    code = jnp.concatenate(pieces, axis=1).T
+    level = level_of(code, plan) * per_row[0].astype(jnp.float32)
+    level += per_row[1].astype(jnp.float32) if plan.terms == 2 else 0
+    level = level.astype(jnp.float16)
+    ordered = level.reshape(tiles, 4, 8, 2, ROWS).swapaxes(2, 3).reshape(tiles, ROWS, ROWS)
+    return list(ordered)
+
+
+def spread_scales(to: Any, tables: Any, plan: Plan, groups: int, interpret: bool) -> None:
+    """Flat tables ``[64 * groups]``, groups innermost, as pairs of tokens with all that they need.
+
+    Args:
+      to: ``f16[groups * 32 * terms * 2]``: for a group and two tokens their scales, then their rests where there are
+        any: means, or zeros times ``-scale``.
+      tables: of the plan, in shared memory.
+    """
     if interpret:
-        to[...] = table[...].reshape(ROWS, groups).T.reshape(-1).astype(to.dtype)
+        scale, *rest = (t[...].astype(jnp.float32).reshape(32, 2, groups) for t in tables)
+        rest = [-scale * t if plan.has_zero else t for t in rest]
+        to[...] = jnp.stack([scale, *rest]).transpose(3, 1, 0, 2).reshape(-1).astype(to.dtype)
         return
 
-    @asm.inline(arg_types=(plgpu.RefType(), plgpu.RefType()))
-    def run(ctx, to, table):
-        source, target = asm.element(table), asm.element(to)
+    @asm.inline(arg_types=(plgpu.RefType(), [plgpu.RefType()] * len(tables)))
+    def run(ctx, to, tables):
+        f16, halves = ir.F16Type.get(), Halves(plan)
         thread = arith.andi(arith.index_cast(asm.i32(), asm.thread()), asm.const(127))
-        for j in range(-(-groups * ROWS // 128)):
-            i = arith.addi(thread, asm.const(128 * j))
-            if groups == 1:
-                i = arith.andi(i, asm.const(63))
-            token, g = arith.andi(i, asm.const(63)), arith.shrui(i, asm.const(6))
-            entry = arith.addi(arith.muli(token, asm.const(groups)), g)
-            x = llvm.load(source, asm.at(asm.pointer(table), entry, source))
-            f32 = ir.F32Type.get()
-            x = x if source == f32 else arith.extf(f32, x)
-            llvm.store(arith.truncf(target, x), asm.at(asm.pointer(to), i, target))
+        last = asm.const(32 * groups - 1)
+        for j in range(-(-32 * groups // 128)):
+            i = arith.minui(arith.addi(thread, asm.const(128 * j)), last)
+            pair, group = (op(i, asm.const(groups)) for op in (arith.divui, arith.remui))
+            first = arith.addi(arith.muli(pair, asm.const(2 * groups)), group)
+            terms = []
+            for table in tables:
+                places = (first, arith.addi(first, asm.const(groups)))
+                found = [_load_half(table, p) for p in places]
+                terms.append(
+                    asm.bits(asm.vector_of(ir.VectorType.get((2,), f16), found), asm.i32())
+                )
+            if len(terms) == 2:
+                terms[1] = halves.rest(*terms)
+            place = arith.addi(arith.muli(group, asm.const(32)), pair)
+            place = arith.muli(place, asm.const(2 * len(terms)))
+            kind = ir.VectorType.get((len(terms),), asm.i32())
+            place = asm.at(asm.pointer(to), place, f16)
+            llvm.store(asm.vector_of(kind, terms), place, alignment=4 * len(terms))
 
-    run(to, table)
+    run(to, list(tables))
 
 
-def store_weights(to: Any, weights: jax.Array, interpret: bool) -> None:
-    """Weights ``f32[64 tokens, W]`` as the swizzled tile ``[W, 64]`` in shared memory, of its dtype."""
+def _load_half(table: Any, i: Any) -> Any:
+    kind, f16, f32 = asm.element(table), ir.F16Type.get(), ir.F32Type.get()
+    x = llvm.load(kind, asm.at(asm.pointer(table), i, kind))
+    if kind == f16:
+        return x
+    return arith.truncf(f16, x if kind == f32 else arith.extf(f32, x))
+
+
+def store_weights(to: Any, weights: jax.Array, interpret: bool, paired: bool) -> None:
+    """Weights ``f32[64 tokens, W]`` as the swizzled tile ``[W, 64]`` in shared memory, of its dtype.
+
+    Args:
+      paired: row ``16 w + g + 8 r`` is token ``16 w + 2 g + r``, as `expand_channels` has them; they are stored in
+        the order of tokens.
+    """
     if interpret:
+        if paired:
+            weights = weights.reshape(4, 2, 8, -1).swapaxes(1, 2).reshape(weights.shape)
         to[...] = weights.T.astype(to.dtype)
         return
 
@@ -167,17 +204,30 @@ def store_weights(to: Any, weights: jax.Array, interpret: bool) -> None:
         element, byte = asm.element(to), ir.IntegerType.get_signless(8)
         warp, g, q = asm.lanes()
         registers = weights.registers.reshape(-1, 2)
+        first = arith.muli(g, asm.const(4 if paired else 2))  # in two chunks, or in each of two
         for octet in range(len(registers)):
-            for r in range(2):
-                for e in range(2):
-                    head = arith.addi(arith.muli(q, asm.const(2)), asm.const(e))
-                    column = arith.addi(arith.muli(warp, asm.const(2)), asm.const(r))
-                    place = arith.muli(arith.xori(column, head), asm.const(16))
-                    row = arith.muli(head, asm.const(128))
-                    place = arith.addi(arith.addi(row, place), arith.muli(g, asm.const(2)))
-                    place = arith.addi(place, asm.const(1024 * octet))
-                    x = arith.truncf(element, asm.extract(registers[octet, r], e))
-                    llvm.store(x, asm.at(asm.pointer(to), place, byte))
+            for e in range(2):
+                head = arith.addi(arith.muli(q, asm.const(2)), asm.const(e))
+                row = arith.addi(arith.muli(head, asm.const(128)), asm.const(1024 * octet))
+
+                def place(r: int, row: Any = row, head: Any = head) -> Any:
+                    chunk = arith.addi(arith.muli(warp, asm.const(2)), asm.const(r))
+                    inner = first
+                    if paired:
+                        chunk = arith.addi(chunk, arith.shrui(first, asm.const(4)))
+                        inner = arith.andi(first, asm.const(15))
+                    chunk = arith.muli(arith.xori(chunk, head), asm.const(16))
+                    own = arith.addi(arith.addi(row, chunk), inner)
+                    return asm.at(asm.pointer(to), own, byte)
+
+                found = [asm.extract(registers[octet, r], e) for r in range(2)]
+                if paired:
+                    pair = asm.vector_of(ir.VectorType.get((2,), ir.F32Type.get()), found)
+                    both = arith.truncf(ir.VectorType.get((2,), element), pair)
+                    llvm.store(asm.bits(both, asm.i32()), place(0))
+                    continue
+                for r in range(2):
+                    llvm.store(arith.truncf(element, found[r]), place(r))
 
     run(to, weights)
 

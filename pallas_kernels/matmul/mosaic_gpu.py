@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import hopper
-from ..codecs import Packed
+from ..codecs import LloydMax, Packed
 from ..hopper import ROWS
 
 
@@ -53,6 +53,8 @@ def refusal(x: jax.Array, w: Packed) -> str:
         return "x and the weight are float32: 16-bit products would lose digits of the weight"
     if w.shape[-2] < ROWS or w.shape[-2] % 8:
         return f"N = {w.shape[-2]} is below {ROWS} or no multiple of 8"
+    if isinstance(w.codec, LloydMax):
+        return f"no kernel for {w.codec.name}"
     return hopper.refusal(w.codec, w.shape[-1])
 
 

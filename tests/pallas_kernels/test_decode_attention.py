@@ -142,6 +142,13 @@ def test_vmap_and_scan():
 
 # The Hopper kernel, in the interpreter and lowered for CUDA
 
+KV = {n: (per_channel(f"lm{n}", 32), per_token(f"lm{n}-g32", rotate=True)) for n in (2, 4)}
+
+
+def kivi(bits, tokens=32):
+    return per_channel(f"int{bits}-asym", tokens), per_token(f"int{bits}-g32-asym")
+
+
 GPU = {
     "int4, zeros, soft cap": ("int4-g32", 70, {"soft_cap": 3.0, "scale": 0.1}, Config(2, 1, 1), {}),
 }
@@ -154,16 +161,29 @@ GPU_SLOW = {
     "int2": ("int2-g64", 128, {}, Config(1, 1, 1), {"h": 256}),
     "f32": ("int4-g32", 128, {}, Config(1, 1, 1), {"dtype": "float32"}),
     "f16": ("int4-g32", 128, {}, Config(1, 1, 1), {"dtype": "float16"}),
-}
+    "int8, f32 scales": ("int8-g64-f32", 128, {}, Config(1, 1, 1), {}),
+    "levels": ("lm4-g32", 128, {}, Config(1, 1, 1), {"rotate": True}),
+    "2-bit levels": ("lm2-g32", 128, {}, Config(1, 1, 1), {"h": 256}),
+    "kv4": (KV[4], 250, {"holes": True}, Config(2, 2, 1), {"s": 256}),
+    "kv3": ((KV[4][0], KV[2][1]), 100, {}, Config(1, 1, 1), {}),
+    "kv2": (KV[2], 250, {"window": 100}, Config(2, 2, 1), {"s": 256}),
+    "kv2, heads of 64": (KV[2], 128, {}, Config(1, 1, 1), {"h": 64}),
+    "kivi2": (kivi(2), 128, {"holes": True}, Config(1, 1, 1), {}),
+    "kivi4, heads of 64": (kivi(4), 128, {}, Config(1, 1, 1), {"h": 64}),
+    "kivi4, blocks of 64": (kivi(4, 64), 128, {}, Config(1, 1, 1), {}),
+    "kivi2, blocks of 64": (kivi(2, 64), 128, {}, Config(1, 1, 1), {}),
+    "int8 per channel": ((per_channel("int8", 32), per_token("int8")), 128, {}, Config(1, 1, 1), {}),
+}  # fmt: skip
 
 
-def gpu_operands(spec, rotate=False, n=2, s=128, h=128, dtype="bfloat16"):
-    codec = per_token(spec, rotate=rotate)
-    return operands(codec, codec, b=1, n=n, k=1, s=s, h=h, dtype=dtype)
+def gpu_operands(codecs, rotate=False, n=2, s=128, h=128, dtype="bfloat16"):
+    if isinstance(codecs, str):
+        codecs = 2 * (per_token(codecs, rotate=rotate),)
+    return operands(*codecs, b=1, n=n, k=1, s=s, h=h, dtype=dtype)
 
 
-def check_on_gpu(spec, length, mask, config, changes):
-    args = (*gpu_operands(spec, **changes), jnp.array([length]))
+def check_on_gpu(codecs, length, mask, config, changes):
+    args = (*gpu_operands(codecs, **changes), jnp.array([length]))
     options = {"scale": 0.09, "soft_cap": None, "window": None} | mask
     if options.pop("holes", False):
         options |= masked_rows(1, 1, args[1].tokens, args[0].shape[-1])
@@ -185,12 +205,12 @@ def test_kernel_of_every_form(name):
     check_on_gpu(*GPU_SLOW[name])
 
 
-@pytest.mark.parametrize("spec", ["int8", "int4-g64-sym", "int4-g32"])
-def test_an_exported_program_holds_the_kernel_for_cuda(spec):
-    shapes = jax.eval_shape(
-        lambda: operands(per_token(spec), per_token(spec), h=128, dtype="bfloat16")
-    )
-    leaves, tree = jax.tree.flatten((*shapes, jax.ShapeDtypeStruct((2,), jnp.int32)))
+@pytest.mark.parametrize(
+    "codecs", ["int8", "int4-g64-sym", "int4-g32", KV[4], KV[2], kivi(2), kivi(4)], ids=str
+)
+def test_an_exported_program_holds_the_kernel_for_cuda(codecs):
+    shapes = jax.eval_shape(lambda: gpu_operands(codecs))
+    leaves, tree = jax.tree.flatten((*shapes, jax.ShapeDtypeStruct((1,), jnp.int32)))
     flat = jax.jit(lambda *x: decode_attention(*jax.tree.unflatten(tree, x)))
     exported = export.export(flat, platforms=("cpu", "cuda"))(*leaves)
     assert "mosaic_gpu" in exported.mlir_module()
@@ -203,8 +223,9 @@ def test_an_exported_program_holds_the_kernel_for_cuda(spec):
         (per_token("int4-g32"), {"dtype": "float8_e4m3fn"}, "q is float8_e4m3fn"),
         (per_token("int4-g32"), {"s": 96}, "S = 96"),
         (per_token("int4-g32"), {"h": 64}, "32 bytes, not 64 or 128"),
-        (per_channel("int4-asym", 32), {}, "keys: no kernel for int4-asym per channel|keys: no kernel for int4"),
-        (per_token("lm4-g32"), {}, "keys: no kernel for lm4"),
+        (per_channel("int4-asym", 16), {}, "keys: int4 per channel of 16 tokens: a block has 32"),
+        (per_channel("lm4-f32"), {}, "keys: lm4-f32 per channel of 32 tokens: scales are not float16"),
+        (per_token("lm3-g32"), {}, "keys: no kernel for lm3"),
     ],
 )  # fmt: skip
 def test_what_the_kernel_does_not_take_goes_to_another_path(key, shape, reason):

@@ -1,0 +1,157 @@
+"""Keys as the kernel reads them: arrays that tiles of 64 tokens are copied from, and the operands made of a tile."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import hopper
+from ..codecs import PerChannel, PerToken
+from ..codecs.integer import Int
+from ..codecs.lloyd_max import LloydMax
+from ..hopper import ROWS
+from .rows import Rows
+
+Slot = tuple[tuple[int, ...], Any, tuple[Any, ...]]  # of a tile: shape, dtype, transforms
+
+
+def plan_of(codec: Any) -> hopper.Plan | None:
+    """The plan of a codec whose rows can be attended to, None where there is none."""
+    if not isinstance(codec, Int | LloydMax) or codec.bits not in (2, 4, 8):
+        return None
+    return None if getattr(codec, "per_tensor", False) else hopper.plan_of(codec)
+
+
+def keys_of(rows: Rows) -> TokenKeys | ChannelKeys:
+    codec: Any = rows.codec
+    plan = hopper.plan_of(codec.codec)
+    if isinstance(codec, PerChannel):
+        return ChannelKeys(plan, codec.tokens, rows.width)
+    groups, row_bytes = rows.parts["scale"].shape[-1], rows.parts["codes"].shape[-1]
+    return TokenKeys(plan, row_bytes, codec.codec.group or rows.width, groups, rows.width)
+
+
+def refusal(rows: Rows) -> str:
+    """Why keys can't be taken; "" where they can."""
+    codec = rows.codec
+    if isinstance(codec, PerChannel):
+        return ChannelKeys.refusal(rows)
+    plan = plan_of(codec.codec) if isinstance(codec, PerToken) else None
+    if plan is None:
+        return f"no kernel for {codec.name}"
+    row_bytes = rows.width * plan.bits // 8
+    if row_bytes not in (64, 128):
+        return f"rows of {rows.width} elements in {codec.name} are {row_bytes} bytes, not 64 or 128"
+    return hopper.refusal(codec.codec, rows.width)  # pyright: ignore
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenKeys:
+    """Keys in rows.
+
+    Attributes:
+      row_bytes: of codes.
+      group, groups: elements that a scale covers, and scales of a row.
+      width: elements of a row.
+    """
+
+    plan: hopper.Plan
+    row_bytes: int
+    group: int
+    groups: int
+    width: int
+
+    paired = False  # whether rows of an operand are in the order of `expand_channels`
+
+    @property
+    def pieces(self) -> int:
+        """Parts of q, each with columns of its own."""
+        return self.plan.pieces
+
+    def query(self, x: jax.Array) -> jax.Array:
+        """``[R, W, H]`` in the order of the operands' columns: ``[R * pieces, W, H / pieces]``."""
+        rows, width, _ = x.shape
+        x = x.reshape(rows, width, self.pieces, -1).swapaxes(1, 2)
+        return hopper.permute_columns(x).reshape(rows * self.pieces, width, -1)
+
+    def arrays(self, rows: Rows) -> list[jax.Array]:
+        """Codes ``[B K S, row_bytes]`` and flat tables."""
+        codes = rows.parts["codes"].reshape(-1, self.row_bytes)
+        return [codes, *(rows.parts[name].reshape(-1) for name in self.plan.tables)]
+
+    def slots(self, arrays: list[jax.Array]) -> list[Slot]:
+        """Of a tile, for each of the arrays."""
+        codes: Slot = (ROWS, self.row_bytes), jnp.uint8, hopper.tiled(jnp.uint8, self.row_bytes)
+        return [codes, *(((ROWS * self.groups,), x.dtype, ()) for x in arrays[1:])]
+
+    def operands(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
+        """Operands ``f16[64, 64]`` of the tile in `refs`, each with the piece and the column of q that it meets."""
+        codes, *tables = refs
+        piece = self.width // self.pieces
+        whole = hopper.is_whole(self.group, piece, self.row_bytes, self.groups)
+        terms = []
+        for i in range(self.pieces):
+            load = lambda t, at=i * piece: hopper.load_table(
+                t, self.groups, jnp.int32(0), jnp.int32(at), self.group, whole, interpret
+            )
+            terms.append(hopper.terms_of(self.plan, [load(t) for t in tables], jnp.float16))
+        for half in range(self.row_bytes // 64):
+            made = hopper.expand(
+                [codes], half, terms, self.plan,
+                dtype=jnp.dtype(jnp.float16), row_bytes=self.row_bytes, interpret=interpret,
+            )  # fmt: skip
+            for i, a in enumerate(made):
+                yield a, i, 64 * half
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelKeys:
+    """Keys in blocks of tokens, channel by channel.
+
+    Attributes:
+      tokens: of a block.
+      width: channels.
+    """
+
+    plan: hopper.Plan
+    tokens: int
+    width: int
+
+    paired, pieces = True, 1
+
+    @classmethod
+    def refusal(cls, rows: Rows) -> str:
+        codec: Any = rows.codec
+        plan = plan_of(codec.codec)
+        if plan is None:
+            return f"no kernel for {codec.name}"
+        if codec.tokens not in (32, 64) or (codec.codec.group or codec.tokens) < codec.tokens:
+            return f"{codec.name}: a block has 32 or 64 tokens and a channel one group"
+        if codec.codec.scale_dtype != "f16":
+            return f"{codec.name}: scales are not float16"
+        return f"{rows.width} channels are no multiple of 64" if rows.width % 64 else ""
+
+    def query(self, x: jax.Array) -> jax.Array:
+        return hopper.permute_channels(x)
+
+    def arrays(self, rows: Rows) -> list[jax.Array]:
+        """All flat."""
+        return [rows.parts[name].reshape(-1) for name in ("codes", *self.plan.tables)]
+
+    def slots(self, arrays: list[jax.Array]) -> list[Slot]:
+        blocks = ROWS // self.tokens * self.width
+        codes: Slot = (blocks * self.tokens * self.plan.bits // 8,), jnp.uint8, ()
+        return [codes, *(((blocks,), x.dtype, ()) for x in arrays[1:])]
+
+    def operands(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
+        codes, *tables = refs
+        for chunk in range(self.width // 64):
+            made = hopper.expand_channels(
+                codes, tables, chunk, self.plan,
+                tokens=self.tokens, width=self.width, interpret=interpret,
+            )  # fmt: skip
+            yield made, 0, 64 * chunk
