@@ -28,6 +28,7 @@ from .packing import pack as pack
 from .predict import Moment as Moment
 from .predict import Prediction as Prediction
 from .predict import predict as predict
+from .recompute import FUSED_SHARE as FUSED_SHARE
 from .recompute import is_light as is_light
 from .recompute import recompute_seconds as recompute_seconds
 from .report import MemoryReport as MemoryReport

@@ -26,6 +26,7 @@ class Device:
       host_bytes: the share of the host's memory that one device can use, bytes.
       bandwidth: of its memory, bytes/s.
       to_host, from_host: of the link to host memory, bytes/s each way.
+      overlap: the share of the computation that transfers of residuals run beside.
       flops: peak rate of matrix products by dtype of the operands, flop/s; `float8` stands for all 8-bit floats.
       vector_flops: rate of elementwise arithmetic in float32, flop/s.
     """
@@ -38,6 +39,7 @@ class Device:
     bandwidth: float
     to_host: float
     from_host: float
+    overlap: float
     flops: Mapping[str, float]
     vector_flops: float
 
@@ -93,7 +95,7 @@ def _calibrated(fields: dict[str, Any], measured: str | Path | Mapping[str, Any]
         raise ValueError(f"`measured` has {unknown}; a device has {sorted(fields)}.")
     texts = ("name", "source", "backend")
     figures = {key: value for key, value in given.items() if key not in texts} | flops
-    if bad := [key for key, value in figures.items() if not _is_positive(value)]:
+    if bad := [k for k, v in figures.items() if not (_is_positive(v) or (k, v) == ("overlap", 0))]:
         raise ValueError(f"`measured` must give positive numbers, which these are not: {bad}.")
     source = given.get("source", f"{fields['source']}; measured: {', '.join(sorted(measured))}")
     return {**fields, **given, "name": fields["name"], "flops": flops, "source": source}

@@ -48,7 +48,7 @@ def _dots_no_batch(found: Sequence[Place], labels: Numbers) -> set[int]:
 
 def _products(found: Sequence[Place], labels: Numbers, batched: bool) -> set[int]:
     kept = set()
-    for i, (p, var) in enumerate(labels.variables):
+    for i, (p, _) in enumerate(labels.variables):
         producer = labels.problem.values[i].producer
         if producer is None:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import jax
 
 from stowax.memory_planner import (
     ENCODE,
-    KEEP,
     Choice,
     Device,
     InfeasibleError,
@@ -35,7 +35,7 @@ from .flat import Flat, flatten
 from .residuals import Numbers, Place, numbers, places
 
 _REACHES = (2, 1, 4, 8)
-_ROUNDS = 4
+_ROUNDS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +227,8 @@ class _Search:
     """Solves for shares of the budget until the predicted peak of the rewritten program fits."""
 
     def __init__(
-        self, flat: Flat, args: Any, device: Device, donate: Any, host: int, encode: str, correction: float, limit: float
+        self, flat: Flat, args: Any, device: Device, donate: Any, host: int, encode: str, correction: float,
+        limit: float,
     ):  # fmt: skip
         self.flat, self.args, self.device, self.host = flat, args, device, host
         self.donate, self.correction, self.limit = donate, correction, limit
@@ -268,7 +269,9 @@ class _Search:
             found.append(self.for_reach(self.numbers(reach), budget))
             if any(p.peak <= budget for _, p in found[-1]):
                 break
-        tried = [c for choices in found for c in choices] + self.simple
+        tried = [c for choices in found for c in choices]
+        best = min((c.seconds for c, p in tried if p.peak <= budget), default=math.inf)
+        tried += [(c, self.predicted(c.how)) for c in self.simple if c.seconds < best]
         fitting = [c for c in tried if c[1].peak <= budget]
         if not fitting:
             self.refuse(budget, min((p for _, p in tried), key=lambda p: p.peak))
@@ -277,12 +280,11 @@ class _Search:
         bound = min([choice.seconds, *bounds])
         return self.made("optimal", budget, dataclasses.replace(choice, bound=bound), prediction)
 
-    @functools.cached_property
-    def simple(self) -> list[tuple[Choice, Prediction]]:
+    @property
+    def simple(self) -> list[Choice]:
         """What needs no solving: the baselines, those that offload only where there is a host."""
-        labels = self.numbers(0)
-        choices = [rule(self.places, labels) for rule in BASELINES.values()]
-        return [(c, self.predicted(c.how)) for c in choices if c.host_nbytes <= self.host]
+        choices = [rule(self.places, self.numbers(0)) for rule in BASELINES.values()]
+        return [c for c in choices if c.host_nbytes <= self.host]
 
     @property
     def reaches(self) -> tuple[int, ...]:
@@ -300,32 +302,35 @@ class _Search:
         )
 
     def for_reach(self, labels: Numbers, budget: int) -> list[tuple[Choice, Prediction]]:
-        """Choices for shares of the budget, the last ones near to it."""
+        """Choices for shares of the budget, nearer and nearer to the largest that fits.
+
+        How much of what is kept is in memory at the peak is the compiler's affair, so shares are searched by what is
+        predicted of the whole program.
+        """
         total = sum(labels.problem.values[i].nbytes for i in labels.problem.required)
+        base = self.before.arguments + self.before.outputs
+        low, low_peak, high, high_peak = 0, base, total, self.before.peak
         tried: list[tuple[Choice, Prediction]] = []
-        low, high = (
-            0,
-            total,
-        )  # shares below `low` are infeasible or fit, those above `high` don't fit
-        share = total - (self.before.peak - budget)
         for _ in range(_ROUNDS):
-            share = min(max(share, low), high)
+            part = (budget - low_peak) / max(1, high_peak - low_peak)
+            share = low + round((high - low) * min(0.5, max(0.1, part)))
+            if budget >= self.before.peak and not tried:
+                share = total
             try:
                 choice = choose(labels.problem, share, self.host, time_limit=self.limit)
             except InfeasibleError as error:
-                if error.least > high:
+                share = error.least + error.least // 10_000 + 1  # the solver's tolerance
+                if share >= high and tried:
                     break
-                low = share = error.least + error.least // 10_000 + 1  # the solver's tolerance
                 choice = choose(labels.problem, share, self.host, time_limit=self.limit)
-            tried.append((choice, self.predicted(choice.how)))
-            left = budget - tried[-1][1].peak
-            if left >= 0:
                 low = share
-                share = min(share + left, (share + high) // 2)
+            tried.append((choice, self.predicted(choice.how)))
+            peak = tried[-1][1].peak
+            if peak <= budget:
+                low, low_peak = share, peak
             else:
-                high = min(share, choice.nbytes)
-                share = max(high + left, (low + high) // 2 if low else 0)
-            if high - low <= 0.02 * total or 0 <= left < 0.03 * budget:
+                high, high_peak = min(share, choice.nbytes), peak
+            if high - low <= 0.02 * total or 0.97 * budget <= peak <= budget:
                 break
         return tried
 

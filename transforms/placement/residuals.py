@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from stowax.memory_planner import (
+    FUSED_SHARE,
     Candidate,
     Device,
     Problem,
@@ -22,10 +23,12 @@ from stowax.memory_planner import (
     is_light,
     recompute_seconds,
     tree_nbytes,
-)
+)  # fmt: skip
 
 from ..core import compat
 from .flat import Flat, body_of, is_literal
+
+SMALLEST = 1 << 20  # bytes of what is worth a transfer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +90,7 @@ def _pairs(jaxpr: compat.Jaxpr) -> list[Pair]:
     for i, eqn in enumerate(jaxpr.eqns):
         for var in {v for v in eqn.invars if not is_literal(v)}:
             uses.setdefault(var, []).append(i)
-    out = set(v for v in jaxpr.outvars if not is_literal(v))
+    out = {v for v in jaxpr.outvars if not is_literal(v)}
     found: dict[tuple[int, int], dict[int, int]] = {}
     for i in scans:
         eqn = jaxpr.eqns[i]
@@ -178,60 +181,76 @@ def numbers(
       offload: whether values may go to the host.
       bits: of an encoded element; 0 where none may be encoded.
     """
-    values: list[Candidate] = []
-    ops: list[Recompute] = []
-    variables: list[tuple[int, Any]] = []
-    equations: list[tuple[int, int]] = []
+    table = _Table(device, offload, bits)
     required: list[int] = []
     groups: list[tuple[int, ...]] = []
-    hidden = 0.0
-    for p, place in enumerate(found):
-        index: dict[Any, int] = {}
-        made = {v: i for i, eqn in enumerate(place.jaxpr.eqns[: place.last]) for v in eqn.outvars}
-        first = len(ops)
-        light = [is_light(e) for e in place.jaxpr.eqns[: place.last]]
-
-        def number(
-            var: Any,
-            place: Place = place,
-            index: Any = index,
-            made: Any = made,
-            light: Any = light,
-            p: int = p,
-            first: int = first,
-        ) -> int:
-            if var not in index:
-                index[var] = len(values)
-                producer = made.get(var)
-                size = nbytes(var) * place.trips
-                keep = producer is None or not light[producer] or var in place.required
-                again = producer is not None and not place.jaxpr.eqns[producer].effects
-                values.append(
-                    Candidate(
-                        f"{place.key}/{_name(place, var, producer)}", size, first + producer if again else None,  # pyright: ignore
-                        var in place.free, keep, offload and keep and size >= 1 << 20,
-                        bits / (8 * var.aval.dtype.itemsize) if keep and _is_float(var) else 0.0, 2 * size / device.bandwidth,
-                    )
-                )  # fmt: skip
-                variables.append((p, var))
-            return index[var]
-
-        for i, eqn in enumerate(place.jaxpr.eqns[: place.last]):
-            inputs = tuple(number(v) for v in eqn.invars if not is_literal(v))
-            seconds = place.trips * recompute_seconds(eqn, device)
-            ops.append(Recompute(seconds, tuple(dict.fromkeys(inputs))))
-            equations.append((p, i))
-            hidden += seconds
+    for place in found:
+        number = table.add(place)
         required += [number(v) for v in place.required if v not in place.free]
         if reach and place.pair is None:
             points = [number(v) for v in crossings(place)]
             groups += [tuple(points[i : i + reach]) for i in range(len(points) - reach + 1)]
     trips = max((place.trips for place in found), default=1)
+    hidden = device.overlap * sum(op.seconds for op in table.ops)
     problem = Problem(
-        tuple(values), tuple(ops), tuple(dict.fromkeys(required)), tuple(groups), device.to_host, device.from_host,
-        hidden, min(1.0, 2 / trips), 2 / device.bandwidth,
+        tuple(table.values), tuple(table.ops), tuple(dict.fromkeys(required)), tuple(groups), device.to_host,
+        device.from_host, hidden, min(1.0, 2 / trips), 2 / device.bandwidth,
     )  # fmt: skip
-    return Numbers(problem, tuple(variables), tuple(equations), tuple(v.name for v in values))
+    names = tuple(v.name for v in table.values)
+    return Numbers(problem, tuple(table.variables), tuple(table.equations), names)
+
+
+class _Table:
+    """Numbers values and operations, place by place."""
+
+    def __init__(self, device: Device, offload: bool, bits: float):
+        self.device, self.offload, self.bits = device, offload, bits
+        self.values: list[Candidate] = []
+        self.ops: list[Recompute] = []
+        self.variables: list[tuple[int, Any]] = []
+        self.equations: list[tuple[int, int]] = []
+        self.count = 0
+
+    def add(self, place: Place) -> Callable[[Any], int]:
+        """Takes in the equations of a place; gives what numbers its variables."""
+        eqns, first = place.jaxpr.eqns[: place.last], len(self.ops)
+        made = {v: i for i, eqn in enumerate(eqns) for v in eqn.outvars}
+        index: dict[Any, int] = {}
+        p, self.count = self.count, self.count + 1
+
+        def number(var: Any) -> int:
+            if var not in index:
+                index[var] = len(self.values)
+                self.values.append(self.candidate(place, var, made.get(var), first))
+                self.variables.append((p, var))
+            return index[var]
+
+        for i, eqn in enumerate(eqns):
+            inputs = dict.fromkeys(number(v) for v in eqn.invars if not is_literal(v))
+            seconds = place.trips * recompute_seconds(eqn, self.device)
+            self.ops.append(Recompute(seconds, tuple(inputs)))
+            self.equations.append((p, i))
+        return number
+
+    def candidate(self, place: Place, var: Any, producer: int | None, first: int) -> Candidate:
+        size = nbytes(var) * place.trips
+        eqn = None if producer is None else place.jaxpr.eqns[producer]
+        keep = eqn is None or not is_light(eqn) or var in place.required
+        keep = keep or (place.pair is None and var in crossings(place))
+        encode = self.bits / (8 * var.aval.dtype.itemsize) if keep and _is_float(var) else 0.0
+        # A scan writes what it stacks; elsewhere the compiler itself chooses what to write.
+        share = 1.0 if place.pair is not None else FUSED_SHARE
+        moved = share * 2 * size / self.device.bandwidth
+        return Candidate(
+            name=f"{place.key}/{_name(place, var, producer)}",
+            nbytes=size,
+            producer=None if producer is None or eqn.effects else first + producer,  # pyright: ignore
+            free=var in place.free,
+            keep=keep,
+            offload=self.offload and keep and size >= SMALLEST,
+            encode=encode,
+            seconds=moved,
+        )
 
 
 def _is_float(var: Any) -> bool:

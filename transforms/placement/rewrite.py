@@ -1,8 +1,8 @@
 """Runs a flat program by a plan: values that it would carry over are kept, offloaded, encoded, or made again.
 
-Everything else runs as it was traced, so results are equal bit for bit where nothing is encoded. What is made again
-stands behind an optimization barrier together with a value of that moment, so that no compiler can compute it earlier or
-share it with the first time.
+Everything else runs as it was traced, operation by operation the same, so results are equal where nothing is encoded.
+What is made again stands behind an optimization barrier together with a value of that moment, so that no compiler can
+compute it earlier or share it with the first time.
 """
 
 from __future__ import annotations

@@ -1,0 +1,200 @@
+"""Plans: they keep to their budget as predicted, change no result, travel as JSON, and say what is in the way."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import stowax as sx
+from stowax import memory_planner, models
+from stowax.transforms.placement import BASELINES, Plan
+
+CONFIG = models.LlamaConfig(
+    vocab_size=64, dim=64, layers=3, heads=2, kv_heads=2, head_dim=32, ffn_dim=128
+)
+plan = functools.partial(sx.plan, device="v5e")
+
+
+@functools.cache
+def llama(scan: bool):
+    """A loss, its gradient, and arguments."""
+    functions, params = models.functions(CONFIG, scan=scan), models.init_params(CONFIG, scan=scan)
+
+    def loss(params, tokens):
+        logits = functions.forward(params, tokens[:, :-1])
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1)
+        return -picked.mean()
+
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (4, 65)))
+    return loss, jax.value_and_grad(loss), (params, tokens)
+
+
+def mlp():
+    """No scan, no attention: a plain function of lists."""
+
+    def loss(ws, x):
+        for w in ws:
+            x = jnp.tanh(x @ w)
+        return (x**2).sum()
+
+    draw = lambda *s: jnp.asarray(np.random.default_rng(1).standard_normal(s), jnp.float32) / 8
+    args = [draw(32, 32) for _ in range(12)], draw(512, 32)
+    return loss, jax.grad(loss), args
+
+
+def jitted(fn):
+    """Compiled in a hurry: it runs once."""
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache
+def wanted(program: str):
+    _, fn, args = PROGRAMS[program]()
+    return jitted(fn)(*args)
+
+
+PROGRAMS = {"scanned": lambda: llama(True), "unrolled": lambda: llama(False), "mlp": mlp}
+
+
+def check_equal(got, want, exact=False):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-6)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_plans_keep_to_budgets_and_change_nothing(program):
+    _, fn, args = PROGRAMS[program]()
+    whole, full = (plan(fn, *args, strategy=s) for s in ("keep-all", "full-remat"))
+    budget = (whole.after + full.after) // 2
+    found = plan(fn, *args, hbm=budget)
+    assert found.after <= budget < found.before
+    assert 0 <= found.bound <= found.seconds
+    check_equal(jitted(found.apply(fn))(*args), wanted(program))
+    assert found.seconds <= full.seconds
+
+
+SLOW = ("save-dots", "offload-dots", "keep-all")
+
+
+@pytest.mark.parametrize(
+    "strategy", [pytest.param(s, marks=pytest.mark.slow) if s in SLOW else s for s in BASELINES]
+)
+def test_named_rules_change_nothing(strategy):
+    _, fn, args = llama(True)
+    found = plan(fn, *args, strategy=strategy)
+    assert (found.strategy, found.budget) == (strategy, None)
+    check_equal(jitted(found.apply(fn))(*args), wanted("scanned"))
+
+
+def test_operation_by_operation_results_are_equal_bit_for_bit():
+    _, fn, args = mlp()
+    found = plan(fn, *args, strategy="full-remat")
+    assert found.again
+    check_equal(found.apply(fn)(*args), fn(*args), exact=True)
+
+
+def test_less_is_kept_in_the_compiled_program():
+    """By XLA's own count for the CPU; the scan's stacks are what it can't undo."""
+    _, fn, args = llama(True)
+    found = plan(fn, *args, strategy="full-remat")
+    peak = lambda f: memory_planner.memory_report(jax.jit(f).lower(*args).compile()).temporaries
+    assert peak(found.apply(fn)) < 0.7 * peak(fn)
+
+
+def test_encoded_values_are_near():
+    _, fn, args = llama(True)
+    low = plan(fn, *args, strategy="full-remat").after
+    found = plan(fn, *args, hbm=low - 40_000, encode="int8-g64")
+    assert "encode" in {k.how for k in found.kept}
+    assert found.codec == "int8-g64"
+    got, want = jitted(found.apply(fn))(*args), wanted("scanned")
+    error = lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+    assert max(map(error, jax.tree.leaves(got), jax.tree.leaves(want))) < 0.05
+
+
+def test_a_plan_travels_as_json():
+    _, fn, args = mlp()
+    found = plan(fn, *args, strategy="sqrt")
+    again = Plan.from_json(found.to_json())
+    assert again == found
+    check_equal(jitted(again.apply(fn))(*args), wanted("mlp"))
+    with pytest.raises(ValueError, match="`text` is no plan"):
+        Plan.from_json("{}")
+
+
+def test_a_plan_is_for_one_program():
+    _, fn, (ws, x) = mlp()
+    found = plan(fn, ws, x)
+    with pytest.raises(ValueError, match="made for another program"):
+        found.apply(fn)(ws, x[:8])
+
+
+def test_a_budget_out_of_reach_names_the_least_and_what_pins_it():
+    _, fn, args = llama(True)
+    with pytest.raises(
+        ValueError,
+        match=r"`hbm` is 1\.\d\d KiB; the least that was reached is .*arguments and outputs",
+    ):
+        plan(fn, *args, hbm=1500)
+    with pytest.raises(
+        ValueError, match=r'`hbm` is .lots.; expected bytes, as a number or as "8GiB"'
+    ):
+        plan(fn, *args, hbm="lots")
+    with pytest.raises(ValueError, match=r"`strategy` is 'best'; expected 'optimal' or one of"):
+        plan(fn, *args, strategy="best")
+
+
+def test_remat_is_a_loss_whose_gradient_is_planned():
+    loss, fn, args = llama(True)
+    budget = plan(fn, *args, strategy="full-remat").after * 6 // 5
+    small = sx.remat(loss, budget=budget, device="v5e")
+    assert small(*args) == loss(*args)
+    check_equal(jax.jit(jax.value_and_grad(small))(*args), fn(*args))
+    check_equal(
+        jax.grad(lambda p: 3 * small(p, args[1]))(args[0]),
+        jax.tree.map(lambda g: 3 * g, fn(*args)[1]),
+    )
+    with pytest.raises(ValueError, match=r"`loss` gives float32\[4\]"):
+        sx.remat(lambda x: x, budget="1MB")(jnp.ones(4))
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_weights_on_the_host_are_fetched(scan):
+    functions, params = models.functions(CONFIG, scan=scan), models.init_params(CONFIG, scan=scan)
+    args = jnp.ones((1, 4), jnp.int32), functions.init_cache(1, 8)
+    streamed = sx.offload(functions.step, weights="host")
+    check_equal(
+        jitted(streamed)(streamed.place(params), *args), jitted(functions.step)(params, *args)
+    )
+    with pytest.raises(ValueError, match="`weights` is 'disk'"):
+        sx.offload(functions.step, weights="disk")
+
+
+def test_packed_weights_on_the_host():
+    functions, params = models.functions(CONFIG), models.init_params(CONFIG)
+    args = jnp.ones((1, 4), jnp.int32), functions.init_cache(1, 8)
+    fast = sx.quantize({"embed|norm": None, "": "int8"})(functions.step, params=0)
+    packed = fast.encode(params, *args)
+    streamed = sx.offload(fast)
+    check_equal(jitted(streamed)(streamed.place(packed), *args), jitted(fast)(packed, *args))
+
+
+@pytest.mark.parametrize("ending", ["svg", "png"])
+def test_the_picture(ending, tmp_path):
+    _, fn, args = mlp()
+    found = plan(fn, *args, strategy="sqrt")
+    found.save_picture(tmp_path / f"plan.{ending}")
+    assert (tmp_path / f"plan.{ending}").stat().st_size > 1000
+    assert "<svg" in found._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("8GiB", 2**33), ("1.5 kB", 1500), ("3B", 3), (7, 7), ("512MB", 512_000_000)],
+)
+def test_sizes(text, nbytes):
+    assert memory_planner.parse_bytes(text, "hbm") == nbytes
