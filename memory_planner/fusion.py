@@ -171,9 +171,26 @@ class _Fusion:
         least = min(v.nbytes for v in line)
         chosen = max(i for i, v in enumerate(line) if v.nbytes == least)
         self.write(line[chosen])
-        for v in line[chosen + 1 :]:
-            self.roots[v] = self.read_by(self.block.producers[v])
+        self.refresh(line[chosen])
         return line[chosen]
+
+    def refresh(self, value: Value) -> None:
+        """Lets what was already computed from `value` read it from memory."""
+        order = self.joins.order
+        ahead = {order[op] for op in self.block.users.get(value, ())}
+        while ahead:
+            op = self.block.ops[min(ahead)]
+            ahead.remove(order[op])
+            for v in op.outputs:
+                if v not in self.roots or v in self:
+                    continue
+                self.roots[v] = self.read_by(op)
+                if op.name in VIEWS:
+                    self.view(op.inputs[op.outputs.index(v)], v)
+                ahead.update(order[user] for user in self.block.users.get(v, ()))
+
+    def __contains__(self, value: Value) -> bool:
+        return self.home.get(value) is value
 
 
 class Joins:

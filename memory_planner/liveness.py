@@ -186,8 +186,9 @@ class _Lives:
             if at < op.carries and op.inputs[op.consts + at] in home:
                 yield home[op.inputs[op.consts + at]]
         elif is_fusible(op) and not any(u.name in REDUCTIONS for u in self.users.get(value, ())):
-            spared = step.reads - self.memory.products.get(value, frozenset())
-            yield from (v for v in spared if v.nbytes == value.nbytes)
+            multiplied = self.memory.products.get(value, frozenset())
+            equal = [v for v in step.reads if v.nbytes == value.nbytes and v not in multiplied]
+            yield from sorted(equal, key=lambda v: v.name)
 
     def size(self, value: Value) -> int:
         """Bytes as written: what only matrix products read is rounded to what they multiply."""
