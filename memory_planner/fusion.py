@@ -134,7 +134,7 @@ class _Fusion:
 
     def softmax(self, value: Value) -> Op | None:
         """The difference to its row maximum, if `value` goes into nothing else and rows are short enough."""
-        users = self.users.get(value, ())
+        users = self.users.get(value, [])
         if value in self.demanded or [u.name for u in users] != ["reduce_max", "sub"]:
             return None
         row = value.shape[users[0].params["axes"][0]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .cost import MATRIX
 from .graph import Op
 
@@ -92,7 +94,7 @@ def is_fusible(op: Op) -> bool:
 
 def is_one_hot(op: Op) -> bool:
     """A gather or scatter of one element a row (`take_along_axis`), which becomes a comparison with an iota."""
-    numbers = op.params.get("dimension_numbers")
+    numbers: Any = op.params.get("dimension_numbers")
     batched = getattr(numbers, "operand_batching_dims", None)
     if batched is None or len(batched) + len(_ones(op, batched)) < len(op.inputs[0].shape) - 1:
         return False

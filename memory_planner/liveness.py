@@ -8,7 +8,8 @@ argument. A loop's stacks lie outside its body: slices are read, results written
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence, Set
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 import jax.numpy as jnp
 
@@ -50,21 +51,18 @@ class Lifetimes:
     ops: tuple[Op, ...]
     spans: tuple[Span, ...]
 
-    def totals(self) -> list[int]:
-        """Bytes alive at each step."""
-        change = [0] * (len(self.ops) + 1)
-        for span in self.spans:
-            change[span.start] += span.nbytes
-            change[span.end] -= span.nbytes
-        totals, now = [], 0
-        for step in change[:-1]:
-            now += step
-            totals.append(now)
-        return totals
-
     @property
     def peak(self) -> int:
-        return max(self.totals(), default=0)
+        return max(totals(self.spans, len(self.ops)), default=0)
+
+
+def totals(spans: Iterable[Span], steps: int) -> list[int]:
+    """Bytes alive at each of so many steps."""
+    change = [0] * (steps + 1)
+    for span in spans:
+        change[span.start] += span.nbytes
+        change[span.end] -= span.nbytes
+    return list(itertools.accumulate(change[:-1]))
 
 
 def lifetimes(graph: Graph, rules: Rules) -> Lifetimes:
