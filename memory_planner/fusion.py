@@ -133,12 +133,15 @@ class _Fusion:
         return frozenset().union(*(self.roots[v] for v in op.inputs if not v.literal))
 
     def softmax(self, value: Value) -> Op | None:
-        """The difference to its row maximum, if `value` goes into nothing else and rows are short enough."""
+        """The difference to its row maximum, if `value` goes into nothing else and a tile of rows is small enough."""
         users = self.users.get(value, [])
         if value in self.demanded or [u.name for u in users] != ["reduce_max", "sub"]:
             return None
-        row = value.shape[users[0].params["axes"][0]]
-        return users[1] if row <= self.rules.softmax_product_row else None
+        axis = users[0].params["axes"][0]
+        skipped = (axis, 0) if len(value.shape) > 2 else (axis,)  # the first is a batch
+        others = [size for i, size in enumerate(value.shape) if i not in skipped]
+        tile = value.shape[axis] * max(others, default=1) * value.dtype.itemsize
+        return users[1] if tile <= self.rules.softmax_product_tile else None
 
     def is_softmax_exp(self, op: Op) -> bool:
         """``exp(x - max(x))`` of rows short enough, which is also summed: the sum and it are made together."""

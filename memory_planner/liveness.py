@@ -18,7 +18,7 @@ from .fusion import Memory, fuse, users_through_views
 from .graph import HOST, Block, Graph, Op, Value
 from .kinds import REDUCTIONS, UPDATES, VIEWS, is_fusible
 from .rules import Rules
-from .schedule import Step, reordered, steps_of
+from .schedule import Step, depth_first, reordered, steps_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +126,12 @@ class _Lives:
 
     def run(self) -> Lifetimes:
         steps = steps_of(self.block, self.memory)
-        if self.rules.reorders:
-            steps = reordered(steps, self.given | self.kept)
-        return _flat(steps, self.spans(steps), self.rules)
+        if not self.rules.reorders:
+            return _flat(steps, self.spans(steps), self.rules)
+        homes = [self.memory.home.get(v, v) for v in self.block.outputs]
+        orders = [reordered(o, self.given | self.kept) for o in (steps, depth_first(steps, homes))]
+        lives = [_flat(order, self.spans(order), self.rules) for order in orders]
+        return min(lives, key=lambda one: one.peak)
 
     def spans(self, steps: Sequence[Step]) -> list[Span]:
         last = self.last_reads(steps)
