@@ -395,20 +395,40 @@ PROGRAMS: Mapping[str, Program] = {
     "llama-train-offload-carry": tuned(llama_train, _SMALL, 8, 1024, policy="offload_carry"),
     "llama-decode": tuned(llama_step, _LARGE, 16, 1, 4096),
     "llama-prefill": tuned(llama_step, _LARGE, 1, 4096, 4096),
+    "llama-prefill-short": tuned(llama_step, _SMALL, 16, 512, 2048),
     "convnet-train": tuned(linen_train, ConvNet((128, 256), 1), 256, 64),
     "moe-train": tuned(moe_train, 8, 2048, 1024, 4096, 8, 4),
     "equinox-mlp-train": tuned(equinox_train, 6, 16_384, 1024),
-    "llama-train-wide": held_out(llama_train, _WIDE, 4, 2048, policy="dots_no_batch"),
+    "long-context-train": tuned(long_context_train, 32_768, 1024, 8, 4, 512),
+    "llama-train-wide": tuned(llama_train, _WIDE, 4, 2048, policy="dots_no_batch"),
+    "llama-train-wide-full-remat": tuned(llama_train, _WIDE, 4, 2048, policy="full"),
+    "llama-train-wide-dots": tuned(llama_train, _WIDE, 4, 2048, policy="dots"),
+    "llama-train-no-batch-dots": held_out(llama_train, _SMALL, 8, 1024, policy="dots_no_batch"),
+    "llama-train-dots": held_out(llama_train, _SMALL, 8, 1024, policy="dots"),
     "llama-train-deep-dots": held_out(llama_train, _DEEP, 4, 1024, policy="dots"),
     "llama-train-unrolled-remat": held_out(
         llama_train, _SHALLOW, 8, 1024, scan=False, policy="full"
     ),
     "llama-train-offload-dots": held_out(llama_train, _WIDE, 4, 1024, policy="offload_dots"),
     "llama-decode-unrolled": held_out(llama_step, _SMALL, 64, 1, 4096, scan=False),
-    "long-context-train": held_out(long_context_train, 32_768, 1024, 8, 4, 512),
     "soft-moe-train": held_out(soft_moe_train, 8, 1024, 1024, 2816, 8, 2),
     "vit-linen-train": held_out(linen_train, ViT(1024, 16, 8), 64, 256),
     "vit-linen-remat": held_out(linen_train, ViT(1024, 16, 8, remat=True), 128, 256),
     "haiku-train": held_out(haiku_train, 8, 1024, 1024, 4),
     "penzai-train": held_out(penzai_train, 4, 8, 1024),
+    "haiku-train-long": held_out(haiku_train, 4, 2048, 1024, 2),
+    "llama-train-short": held_out(llama_train, _DEEP, 16, 512),
+    "vit-linen-small": held_out(linen_train, ViT(768, 12, 12), 64, 224),
+    "soft-moe-deep": held_out(soft_moe_train, 16, 1024, 1024, 2816, 4, 4),
+}
+
+# A program, and others that differ from it in what is recomputed.
+VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "llama-train-full-remat": (
+        "llama-train-no-batch-dots",
+        "llama-train-dots",
+        "llama-train-offload-carry",
+    ),
+    "llama-train-wide": ("llama-train-wide-full-remat", "llama-train-wide-dots"),
+    "vit-linen-remat": ("vit-linen-train",),
 }

@@ -33,6 +33,7 @@ from .recompute import is_light as is_light
 from .recompute import recompute_seconds as recompute_seconds
 from .report import MemoryReport as MemoryReport
 from .report import format_bytes as format_bytes
+from .report import live_peak as live_peak
 from .report import memory_report as memory_report
 from .report import parse_bytes as parse_bytes
 from .report import tree_nbytes as tree_nbytes

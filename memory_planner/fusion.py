@@ -133,12 +133,15 @@ class _Fusion:
         return frozenset().union(*(self.roots[v] for v in op.inputs if not v.literal))
 
     def softmax(self, value: Value) -> Op | None:
-        """The difference to its row maximum, if `value` goes into nothing else and rows are short enough."""
-        users = self.users.get(value, ())
+        """The difference to its row maximum, if `value` goes into nothing else and a tile of rows is small enough."""
+        users = self.users.get(value, [])
         if value in self.demanded or [u.name for u in users] != ["reduce_max", "sub"]:
             return None
-        row = value.shape[users[0].params["axes"][0]]
-        return users[1] if row <= self.rules.softmax_product_row else None
+        axis = users[0].params["axes"][0]
+        skipped = (axis, 0) if len(value.shape) > 2 else (axis,)  # the first is a batch
+        others = [size for i, size in enumerate(value.shape) if i not in skipped]
+        tile = value.shape[axis] * max(others, default=1) * value.dtype.itemsize
+        return users[1] if tile <= self.rules.softmax_product_tile else None
 
     def is_softmax_exp(self, op: Op) -> bool:
         """``exp(x - max(x))`` of rows short enough, which is also summed: the sum and it are made together."""
@@ -171,9 +174,26 @@ class _Fusion:
         least = min(v.nbytes for v in line)
         chosen = max(i for i, v in enumerate(line) if v.nbytes == least)
         self.write(line[chosen])
-        for v in line[chosen + 1 :]:
-            self.roots[v] = self.read_by(self.block.producers[v])
+        self.refresh(line[chosen])
         return line[chosen]
+
+    def refresh(self, value: Value) -> None:
+        """Lets what was already computed from `value` read it from memory."""
+        order = self.joins.order
+        ahead = {order[op] for op in self.block.users.get(value, ())}
+        while ahead:
+            op = self.block.ops[min(ahead)]
+            ahead.remove(order[op])
+            for v in op.outputs:
+                if v not in self.roots or v in self:
+                    continue
+                self.roots[v] = self.read_by(op)
+                if op.name in VIEWS:
+                    self.view(op.inputs[op.outputs.index(v)], v)
+                ahead.update(order[user] for user in self.block.users.get(v, ()))
+
+    def __contains__(self, value: Value) -> bool:
+        return self.home.get(value) is value
 
 
 class Joins:

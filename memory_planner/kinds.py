@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .cost import MATRIX
 from .graph import Op
 
@@ -92,10 +94,20 @@ def is_fusible(op: Op) -> bool:
 
 def is_one_hot(op: Op) -> bool:
     """A gather or scatter of one element a row (`take_along_axis`), which becomes a comparison with an iota."""
-    numbers = op.params.get("dimension_numbers")
-    batched = getattr(numbers, "operand_batching_dims", ())
-    window = getattr(numbers, "update_window_dims", getattr(numbers, "offset_dims", ()))
-    return len(batched) == len(op.inputs[0].shape) - 1 > 0 and not window
+    numbers: Any = op.params.get("dimension_numbers")
+    batched = getattr(numbers, "operand_batching_dims", None)
+    if batched is None or len(batched) + len(_ones(op, batched)) < len(op.inputs[0].shape) - 1:
+        return False
+    if op.name == "gather":
+        window, shape = numbers.offset_dims, op.outputs[0].shape
+    else:
+        window, shape = numbers.update_window_dims, op.inputs[2].shape
+    return len(op.inputs[0].shape) > 1 and all(shape[axis] == 1 for axis in window)
+
+
+def _ones(op: Op, batched: tuple[int, ...]) -> list[int]:
+    """Axes of size 1, which jax leaves out of the batch."""
+    return [a for a, size in enumerate(op.inputs[0].shape) if size == 1 and a not in batched]
 
 
 def reads_memory(op: Op) -> bool:

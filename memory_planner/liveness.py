@@ -8,7 +8,8 @@ argument. A loop's stacks lie outside its body: slices are read, results written
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence, Set
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 import jax.numpy as jnp
 
@@ -17,7 +18,7 @@ from .fusion import Memory, fuse, users_through_views
 from .graph import HOST, Block, Graph, Op, Value
 from .kinds import REDUCTIONS, UPDATES, VIEWS, is_fusible
 from .rules import Rules
-from .schedule import Step, reordered, steps_of
+from .schedule import Step, depth_first, reordered, steps_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,21 +51,18 @@ class Lifetimes:
     ops: tuple[Op, ...]
     spans: tuple[Span, ...]
 
-    def totals(self) -> list[int]:
-        """Bytes alive at each step."""
-        change = [0] * (len(self.ops) + 1)
-        for span in self.spans:
-            change[span.start] += span.nbytes
-            change[span.end] -= span.nbytes
-        totals, now = [], 0
-        for step in change[:-1]:
-            now += step
-            totals.append(now)
-        return totals
-
     @property
     def peak(self) -> int:
-        return max(self.totals(), default=0)
+        return max(totals(self.spans, len(self.ops)), default=0)
+
+
+def totals(spans: Iterable[Span], steps: int) -> list[int]:
+    """Bytes alive at each of so many steps."""
+    change = [0] * (steps + 1)
+    for span in spans:
+        change[span.start] += span.nbytes
+        change[span.end] -= span.nbytes
+    return list(itertools.accumulate(change[:-1]))
 
 
 def lifetimes(graph: Graph, rules: Rules) -> Lifetimes:
@@ -128,9 +126,12 @@ class _Lives:
 
     def run(self) -> Lifetimes:
         steps = steps_of(self.block, self.memory)
-        if self.rules.reorders:
-            steps = reordered(steps, self.given | self.kept)
-        return _flat(steps, self.spans(steps), self.rules)
+        if not self.rules.reorders:
+            return _flat(steps, self.spans(steps), self.rules)
+        homes = [self.memory.home.get(v, v) for v in self.block.outputs]
+        orders = [reordered(o, self.given | self.kept) for o in (steps, depth_first(steps, homes))]
+        lives = [_flat(order, self.spans(order), self.rules) for order in orders]
+        return min(lives, key=lambda one: one.peak)
 
     def spans(self, steps: Sequence[Step]) -> list[Span]:
         last = self.last_reads(steps)
@@ -186,8 +187,9 @@ class _Lives:
             if at < op.carries and op.inputs[op.consts + at] in home:
                 yield home[op.inputs[op.consts + at]]
         elif is_fusible(op) and not any(u.name in REDUCTIONS for u in self.users.get(value, ())):
-            spared = step.reads - self.memory.products.get(value, frozenset())
-            yield from (v for v in spared if v.nbytes == value.nbytes)
+            multiplied = self.memory.products.get(value, frozenset())
+            equal = [v for v in step.reads if v.nbytes == value.nbytes and v not in multiplied]
+            yield from sorted(equal, key=lambda v: v.name)
 
     def size(self, value: Value) -> int:
         """Bytes as written: what only matrix products read is rounded to what they multiply."""

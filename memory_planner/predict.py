@@ -8,12 +8,13 @@ measurement, and the correction be carried over to variants of the program.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from .devices import Device, device
 from .graph import HOST, Graph, Value, trace
-from .liveness import Lifetimes, Span, donations, lifetimes
+from .liveness import Span, donations, lifetimes, totals
 from .report import MemoryReport, format_bytes
 from .rules import Rules, rules_for
 from .simplify import simplify
@@ -53,7 +54,7 @@ class Prediction:
     @property
     def temporaries(self) -> int:
         """The most bytes that temporaries take at once."""
-        return round(self.correction * self._lifetimes.peak)
+        return round(self.correction * max(self._totals, default=0))
 
     @property
     def peak(self) -> int:
@@ -69,19 +70,17 @@ class Prediction:
     def timeline(self) -> tuple[Moment, ...]:
         """Bytes over program order. The body of a loop stands once in its place."""
         base = self.arguments + self.outputs
-        totals = self._lifetimes.totals()
         return tuple(
             Moment(op, scope, base + round(self.correction * total))
-            for (op, scope), total in zip(self.operations, totals)
+            for (op, scope), total in zip(self.operations, self._totals)
         )
 
     @property
     def at_peak(self) -> tuple[Span, ...]:
         """The temporaries alive at the peak, the largest first."""
-        totals = self._lifetimes.totals()
-        if not totals:
+        if not self._totals:
             return ()
-        step = totals.index(max(totals))
+        step = self._totals.index(max(self._totals))
         alive = [b for b in self.buffers if b.start <= step < b.end and b.nbytes]
         return tuple(sorted(alive, key=lambda buffer: -buffer.nbytes))
 
@@ -98,7 +97,7 @@ class Prediction:
           ValueError: less was measured than arguments and outputs take, so it is another program.
         """
         peak = measured.peak if isinstance(measured, MemoryReport) else measured
-        temporaries, predicted = peak - self.arguments - self.outputs, self._lifetimes.peak
+        temporaries, predicted = peak - self.arguments - self.outputs, max(self._totals, default=0)
         if temporaries < 0:
             raise ValueError(
                 f"`measured` has a peak of {format_bytes(peak)}, but arguments and outputs alone take"
@@ -106,9 +105,9 @@ class Prediction:
             )
         return dataclasses.replace(self, correction=temporaries / predicted if predicted else 1.0)
 
-    @property
-    def _lifetimes(self) -> Lifetimes:
-        return Lifetimes(self.operations, self.buffers)  # pyright: ignore[reportArgumentType]
+    @functools.cached_property
+    def _totals(self) -> list[int]:
+        return totals(self.buffers, len(self.operations))
 
     def __str__(self) -> str:
         share = f"{self.peak / self.device.hbm_bytes:.0%} of {self.device.name}"

@@ -19,7 +19,8 @@ class Rules:
       duplicate_inputs: a value is computed again in every user while that reads at most so many large arrays.
       large_fraction: an operand counts as large from this fraction of the value's bytes on.
       softmax_row: rows up to so many elements are exponentiated and summed at once, the exponentials written.
-      softmax_product_row: up to so many, also together with the product before, which then is not written.
+      softmax_product_tile: where rows times the longest other axis take up to so many bytes, this is done together
+        with the product before, which then is not written.
       rounds_products: what only matrix products read is written in their dtype, float32 as bfloat16.
       fuses: whether operations are fused at all, and buffers reused in place.
       reorders: whether an operation that frees memory runs as soon as it can.
@@ -29,7 +30,7 @@ class Rules:
     duplicate_inputs: int = 0
     large_fraction: float = 0.25
     softmax_row: int = 0
-    softmax_product_row: int = 0
+    softmax_product_tile: int = 0
     rounds_products: bool = False
     fuses: bool = True
     reorders: bool = True

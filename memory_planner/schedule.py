@@ -58,6 +58,25 @@ def reordered(steps: Sequence[Step], pinned: Set[Value]) -> list[Step]:
     return _Scheduler(steps, pinned).run()
 
 
+def depth_first(steps: Sequence[Step], outputs: Sequence[Value]) -> list[Step]:
+    """Everything that the first output needs, then what the second needs beside, and so on."""
+    maker = {v: step for step in steps for v in step.writes}
+    number = {id(step): i for i, step in enumerate(steps)}
+    order: dict[int, Step] = {}
+    ahead = [maker[v] for v in reversed(outputs) if v in maker]
+    while ahead:
+        step = ahead[-1]
+        needs = {
+            id(n): n for v in step.reads | step.waits if (n := maker.get(v)) not in (None, step)
+        }
+        missing = [n for key, n in needs.items() if key not in order]
+        if missing and id(step) not in order:
+            ahead += sorted(missing, key=lambda n: -number[id(n)])
+            continue
+        order.setdefault(id(ahead.pop()), step)
+    return [*order.values(), *(step for step in steps if id(step) not in order)]
+
+
 class _Scheduler:
     def __init__(self, steps: Sequence[Step], pinned: Set[Value]):
         self.steps, self.pinned = steps, pinned
