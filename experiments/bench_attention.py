@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from stowax.pallas_kernels import Rows, decode_attention
+from stowax.pallas_kernels import Rows, attention_kernel, decode_attention
 from stowax.pallas_kernels.codecs import per_token
-from stowax.pallas_kernels.decode_attention import dispatch
 from stowax.transforms.report import text_table
 
 from . import kernel_timing, pictures
@@ -77,7 +76,7 @@ def measure(spec: str, b: int, s: int, base: float) -> dict[str, Any]:
         ].astype(jnp.float32)
         got = jax.jit(attend)(q, first).astype(jnp.float32)
         row["error"] = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
-        row["path"] = dispatch.describe(q, *first)
+        row["path"] = attention_kernel(q, *first)
     return row
 
 

@@ -121,13 +121,15 @@ def measure(functions: Any, params: Any, token: jax.Array, spec: str, method: st
     parts: list[Any] = [sx.quantize({"embed|norm": None, "": spec})]
     if method:
         parts.append(sx.compress_kv(kv_methods.get(method)))
-    fast = sx.chain(*parts)(functions.step, params=0, **({"cache": 2} if method else {}))
+    apply = sx.chain(*parts)
+    fast = apply(functions.step, params=0, cache=2 if method else ())
     packed = fast.encode(params, token, shapes)
     cache = functions.init_cache(BATCH.value, CONTEXT.value)
     cache = filled(fast.init_cache(shapes, packed, token) if method else cache)
     table = fast.explain(packed, token, cache)
     uses = [use.how for row in table.rows for use in row.uses if use.op == "matmul" and use.how]
-    sites = [s.path for row in table.caches.rows for s in row.sites] if method else []
+    caches = table.caches.rows if table.caches is not None else []
+    sites = [site.path for row in caches for site in row.sites]
     paths = "; ".join(filter(None, (counted(uses, "; "), counted(sites, "; "))))
     nbytes = size(packed), size(cache)
     ms = step_ms(fast, packed, cache, token)

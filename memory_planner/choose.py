@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -209,63 +210,72 @@ class _Program:
     def solve(
         self, budget: int, host: int, gap: float, limit: float, smallest: bool = False
     ) -> Choice | None:
-        p, sizes, at_host, seconds = self.p, self.bytes_of(), self.host_bytes(), self.seconds_of()
-        allowed = [[v.keep, v.offload, v.encode > 0] for v in p.values]
-        upper = np.ones(self.size)
-        upper[: 3 * self.n] = np.array(allowed, float).reshape(self.n, 3).T.reshape(-1)
-        upper[-2:] = np.inf
-        rows, low = list(self.rows), list(self.low)
-        high = [np.inf] * len(rows)
-        cover = lambda speed, i: (
-            [*np.flatnonzero(at_host), self.size - 2 + i],
-            [*(-at_host[at_host > 0] / speed), 1.0],
+        """The fastest choice, or the smallest one; None where there is none."""
+        sizes, at_host, seconds = self.bytes_of(), self.host_bytes(), self.seconds_of()
+        scale = max(1.0, float(sizes.max(initial=1)))  # coefficients near 1
+        unit = max(float(seconds[:-2].max(initial=0)), 1e-12)
+        costs = sizes / scale if smallest else np.append(seconds[:-2] / unit, [1, 1])
+        limits: Any = self.limits(
+            sizes / scale, np.inf if smallest else budget / scale, at_host, host, scale
         )
-        for speed, i in ((p.to_host, 0), (p.from_host, 1)):
-            rows.append(cover(speed, i))
-            low.append(-p.hidden)
-            high.append(np.inf)
-        scale = max(1.0, float(sizes.max(initial=1)))
-        if not smallest:
-            rows.append((list(np.flatnonzero(sizes)), list(sizes[sizes > 0] / scale)))
-            low.append(-np.inf)
-            high.append(budget / scale)
-        rows.append((list(np.flatnonzero(at_host)), list(at_host[at_host > 0] / scale)))
-        low.append(-np.inf)
-        high.append(host / scale)
-        data = [(f, r, c) for r, (cols, factors) in enumerate(rows) for c, f in zip(cols, factors)]
-        factors, r, c = zip(*data) if data else ((), (), ())
-        matrix = coo_array((factors, (r, c)), shape=(len(rows), self.size)).tocsr()
-        unit = max(float(seconds[:-2].max(initial=0)), 1e-12)  # of objectives near 1
-        cost = (
-            sizes / scale
-            if smallest
-            else np.where(np.arange(self.size) < self.size - 2, seconds, 1) / unit
-        )
-        integral = np.ones(self.size)
-        integral[-2:] = 0
+        upper: Any = self.upper()
         result = milp(
-            cost,
-            integrality=integral,
+            costs,
+            integrality=np.append(np.ones(self.size - 2), [0, 0]),
             bounds=Bounds(0, upper),
-            constraints=LinearConstraint(matrix, low, high),
+            constraints=limits,
             options={"mip_rel_gap": gap, "time_limit": limit},
         )
         if result.x is None:
             return None
-        x = np.round(result.x[:-2]).astype(bool)
-        how = {
-            v: name
-            for k, name in enumerate((KEEP, OFFLOAD, ENCODE))
-            for v in np.flatnonzero(x[k * self.n : (k + 1) * self.n])
-        }
-        how = {int(v): name for v, name in how.items() if not p.values[v].free}
-        bits = np.concatenate([x, np.zeros(2, bool)])
-        bound = result.mip_dual_bound if result.mip_dual_bound is not None else result.fun
+        bits = np.append(np.round(result.x[:-2]), [0, 0]) > 0
+        bound = (
+            result.fun if result.mip_dual_bound is None else min(result.fun, result.mip_dual_bound)
+        )
         return Choice(
-            how,
-            frozenset(map(int, np.flatnonzero(x[3 * self.n :]))),
+            self.how(bits),
+            frozenset(map(int, np.flatnonzero(bits[3 * self.n : -2]))),
             int(sizes[bits].sum()),
             int(at_host[bits].sum()),
             float(result.fun * unit),
-            float(min(bound, result.fun) * unit),
+            float(bound * unit),
         )
+
+    def upper(self) -> np.ndarray:
+        """1 for what is allowed, 0 for what isn't; transfers that show have no bound."""
+        allowed = [[v.keep, v.offload, v.encode > 0] for v in self.p.values]
+        flags = np.array(allowed, float).reshape(self.n, 3).T.reshape(-1)
+        return np.concatenate([flags, np.ones(self.m), [np.inf, np.inf]])
+
+    def limits(
+        self,
+        sizes: np.ndarray,
+        room: float,
+        at_host: np.ndarray,
+        host: float,
+        slow: float,
+        hidden: float,
+    ) -> list[LinearConstraint]:
+        """All constraints; bytes over bytes/s times `slow` are seconds, as both are scaled."""
+        rows = [(r, c, f) for r, (cs, fs) in enumerate(self.rows) for c, f in zip(cs, fs)]
+        found: list[Any] = []
+        if rows:
+            r, c, f = zip(*rows)
+            matrix = coo_array((f, (r, c)), shape=(len(self.rows), self.size)).tocsr()
+            found.append(LinearConstraint(matrix, np.array(self.low), np.inf))  # pyright: ignore
+        found.append(LinearConstraint(sizes, -np.inf, room))
+        found.append(LinearConstraint(at_host, -np.inf, host))
+        for i, speed in enumerate((self.p.to_host, self.p.from_host)):
+            row = -at_host * slow / speed
+            row[self.size - 2 + i] = 1
+            found.append(LinearConstraint(row, -hidden, np.inf))
+        return found
+
+    def how(self, bits: np.ndarray) -> dict[int, str]:
+        kinds = enumerate((KEEP, OFFLOAD, ENCODE))
+        own = [
+            (v, word)
+            for k, word in kinds
+            for v in np.flatnonzero(bits[k * self.n : (k + 1) * self.n])
+        ]
+        return {int(v): word for v, word in own if not self.p.values[v].free}

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .cost import seconds
 from .devices import Device, device
 from .graph import HOST, Graph, Value, trace
 from .liveness import Span, donations, lifetimes, totals
@@ -40,6 +41,8 @@ class Prediction:
       buffers: the temporaries: name, bytes, lifespan in moments of the timeline.
       operations: for each moment, the operation and its name scopes.
       correction: factor on the temporaries, from a measurement; 1 without one.
+      seconds: of one run by the device's peak rates, what is fused moving no bytes: a floor that programs reach to a
+        share, so that plans compare.
       rules: where the compiler's rules come from.
     """
 
@@ -49,6 +52,7 @@ class Prediction:
     buffers: tuple[Span, ...]
     operations: tuple[tuple[str, str], ...]
     correction: float
+    seconds: float
     rules: str
 
     @property
@@ -158,6 +162,7 @@ def predict(
         graph = dataclasses.replace(graph, ops=block.ops, outputs=block.outputs)
     lives = lifetimes(graph, rules)
     inside = donations(graph)
+    written = {span.value for span in lives.spans} | {*graph.inputs, *graph.outputs}
     return Prediction(
         device=target,
         arguments=_nbytes(graph.inputs),
@@ -165,6 +170,7 @@ def predict(
         buffers=lives.spans,
         operations=tuple((op.name, op.scope) for op in lives.ops),
         correction=correction,
+        seconds=seconds(graph, target, written),
         rules=rules.source,
     )
 

@@ -58,9 +58,9 @@ class Plan:
       kept: what is carried over; everything else that is needed later is made again.
       again: names of what is made again.
       before, after: predicted peak of the program as it is and by the plan, bytes.
-      seconds: of recomputation, traffic of what is kept, and transfers that are not hidden.
+      seconds: of recomputation, traffic of what is kept, and transfers that are not hidden; what is made least.
       bound: no choice within the same bytes for what is kept takes less.
-      total_seconds: predicted for one run of the program as it is.
+      step_before, step_after: seconds of one run by the device's peak rates; see `Prediction.seconds`.
       host: bytes of host memory that are used.
       codec: of encoded values; "" where there are none.
       fingerprint: of the program; `apply` takes no other.
@@ -76,7 +76,8 @@ class Plan:
     after: int
     seconds: float
     bound: float
-    total_seconds: float
+    step_before: float
+    step_after: float
     host: int
     codec: str
     fingerprint: str
@@ -139,8 +140,9 @@ class Plan:
         budget = "" if self.budget is None else f" of {format_bytes(self.budget)}"
         lines = [
             f"{self.strategy} plan for {self.device}: peak {format_bytes(self.before)} -> {format_bytes(self.after)}"
-            f"{budget}, predicted; {1e3 * self.seconds:.2f} ms on top of {1e3 * self.total_seconds:.2f} "
-            f"(least {1e3 * self.bound:.2f}, gap {self.gap:.1%})"
+            f"{budget}, a step {1e3 * self.step_before:.2f} -> {1e3 * self.step_after:.2f} ms at peak rates, predicted",
+            f"keeping and making again: {1e3 * self.seconds:.3f} ms, no less than {1e3 * self.bound:.3f}"
+            f" (gap {self.gap:.1%})",
         ]
         rows = [(k.name, k.how, format_bytes(k.nbytes)) for k in self.kept]
         rows = sorted(rows, key=lambda r: r[1])
@@ -241,9 +243,6 @@ class _Search:
             lambda reach: numbers(self.places, device, reach=reach, offload=host > 0, bits=bits)
         )
         self.before = self.predicted(None)
-        from stowax.memory_planner import seconds, trace
-
-        self.total = seconds(trace(self.as_function(None), *self.leaves), device)
 
     def as_function(self, how: Mapping[int, str] | None) -> Callable[..., list[Any]]:
         labels = self.numbers(0)
@@ -350,9 +349,25 @@ class _Search:
             f"{self.places[labels.equations[o][0]].key}/{labels.equations[o][1]}"
             for o in sorted(choice.again)
         )
-        lines = tuple(tuple(m.nbytes for m in x.timeline) for x in (self.before, prediction))
         encoded = any(k.how == ENCODE for k in kept)
         return Plan(
-            self.device.name, budget, strategy, kept, again, self.before.peak, prediction.peak, choice.seconds,
-            choice.bound, self.total, choice.host_nbytes, self.encode if encoded else "", self.flat.fingerprint, lines,
-        )  # fmt: skip
+            device=self.device.name,
+            budget=budget,
+            strategy=strategy,
+            kept=kept,
+            again=again,
+            before=self.before.peak,
+            after=prediction.peak,
+            seconds=choice.seconds,
+            bound=choice.bound,
+            step_before=self.before.seconds,
+            step_after=prediction.seconds,
+            host=choice.host_nbytes,
+            codec=self.encode if encoded else "",
+            fingerprint=self.flat.fingerprint,
+            timelines=(_bytes_over_time(self.before), _bytes_over_time(prediction)),
+        )
+
+
+def _bytes_over_time(prediction: Prediction) -> tuple[int, ...]:
+    return tuple(moment.nbytes for moment in prediction.timeline)

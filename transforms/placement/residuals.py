@@ -29,6 +29,9 @@ from ..core import compat
 from .flat import Flat, body_of, is_literal
 
 SMALLEST = 1 << 20  # bytes of what is worth a transfer
+ENCODED = (
+    1 << 16
+)  # bytes of what is worth encoding; maxima and sums of a softmax are smaller, and must stay exact
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -237,7 +240,8 @@ class _Table:
         eqn = None if producer is None else place.jaxpr.eqns[producer]
         keep = eqn is None or not is_light(eqn) or var in place.required
         keep = keep or (place.pair is None and var in crossings(place))
-        encode = self.bits / (8 * var.aval.dtype.itemsize) if keep and _is_float(var) else 0.0
+        encodes = keep and _is_float(var) and size >= ENCODED
+        encode = self.bits / (8 * var.aval.dtype.itemsize) if encodes else 0.0
         # A scan writes what it stacks; elsewhere the compiler itself chooses what to write.
         share = 1.0 if place.pair is not None else FUSED_SHARE
         moved = share * 2 * size / self.device.bandwidth
