@@ -215,9 +215,12 @@ class _Program:
         scale = max(1.0, float(sizes.max(initial=1)))  # coefficients near 1
         unit = max(float(seconds[:-2].max(initial=0)), 1e-12)
         costs = sizes / scale if smallest else np.append(seconds[:-2] / unit, [1, 1])
-        limits: Any = self.limits(
-            sizes / scale, np.inf if smallest else budget / scale, at_host, host, scale
+        room, slow, hidden = (
+            np.inf if smallest else budget / scale,
+            scale / unit,
+            self.p.hidden / unit,
         )
+        limits: Any = self.limits(sizes / scale, room, at_host / scale, host / scale, slow, hidden)
         upper: Any = self.upper()
         result = milp(
             costs,
