@@ -129,6 +129,12 @@ def hadamard(x: jax.Array) -> jax.Array:
     return jnp.matmul(y, matrix, precision="highest").reshape(x.shape)
 
 
+def hadamard_matrix(width: int) -> np.ndarray:
+    """The matrix of `hadamard` for rows of `width`: ``f32[width, width]``."""
+    size = width & -width
+    return np.kron(np.eye(width // size, dtype=np.float32), _matrix(size))
+
+
 @functools.cache
 def _matrix(size: int) -> np.ndarray:
     h = np.ones((1, 1))

@@ -21,9 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import hopper
-from ..codecs.rows import hadamard
 from ..hopper import ROWS
-from . import full as rest
+from . import joined
 from . import keys as of_keys
 from . import values as of_values
 from .reference import by_head
@@ -81,7 +80,7 @@ def decode_attention(
     group = n // heads
     k, v = of_keys.keys_of(keys), of_values.Values.of(values)
     x = q.astype(jnp.float32)
-    x = hadamard(x) if getattr(keys.codec, "rotate", False) else x
+    x = joined.turned(x) if getattr(keys.codec, "rotate", False) else x
     x = x.reshape(b * heads, group, h) * (scale * (1 if soft_cap else LOG2E))
     width = -(-group // 8) * 8
     x = jnp.pad(x, ((0, 0), (0, width - group), (0, 0)))
@@ -95,13 +94,14 @@ def decode_attention(
     bounds = jnp.broadcast_to(bounds, (b, heads, 2)).reshape(-1, 2)
     masks = [] if seen is None else [_words(by_head(seen))]
     parts, logs = problem(x, bounds, masks, k.arrays(keys), v.arrays(values))
-    parts = parts.swapaxes(1, 2).reshape(b, heads, group, -1, h)
-    logs = jnp.where(logs <= NEVER, -jnp.inf, logs / LOG2E).reshape(b, heads, group, -1)
-    out, total = rest.join(parts, logs)
-    out = hadamard(out) if getattr(values.codec, "rotate", False) else out
+    logs = jnp.where(logs <= NEVER, -jnp.inf, logs / LOG2E)
+    sums = joined.join(*(t.reshape(b, heads, *t.shape[1:]) for t in (parts, logs)))
+    if getattr(values.codec, "rotate", False):
+        sums = sums._replace(out=joined.turned(sums.out))
+    more = []
     if full is not None:
-        more = rest.attend(q, full, scale=scale, soft_cap=soft_cap)
-        out, total = rest.join(jnp.stack([out, more[0]], -2), jnp.stack([total, more[1]], -1))
+        more.append(joined.attend(q, full, scale=scale, soft_cap=soft_cap))
+    out, total = joined.finished(sums, *more)
     return out.reshape(b, n, h).astype(q.dtype), total.reshape(b, n)
 
 
@@ -169,7 +169,7 @@ class _Problem:
             "weights": plgpu.SMEM((wg, self.width, ROWS), f16, transforms=hopper.tiled(f16)),
             "scales": plgpu.SMEM((wg, self.values.spread), f16),
             "warps": plgpu.SMEM((wg, 4, self.width), jnp.float32),
-            "full": plgpu.Barrier(num_arrivals=len(keys + values), num_barriers=wg * c.stages),
+            "full": hopper.ring_barriers(len(keys + values), wg, c.stages, self.interpret),
             "ready": plgpu.Barrier(num_arrivals=1),
         }
         if self.interpret:
@@ -178,7 +178,7 @@ class _Problem:
         n = parts * wg
         kernel = plgpu.kernel(
             _Body(self, parts, len(masks)),
-            out_type=[f32(rows * n * self.group, self.values.width), f32(rows * self.group, n)],
+            out_type=[f32(rows * n * self.group, self.values.width), f32(rows * n * self.group, 1)],
             grid=(rows, parts),
             grid_names=("head", "part"),
             num_threads=wg,
@@ -190,7 +190,7 @@ class _Problem:
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
         )  # fmt: skip
         x, logs = kernel(q, bounds, *masks, *keys, *values)
-        return x.reshape(rows, n, self.group, -1), logs.reshape(rows, self.group, n)
+        return x.reshape(rows, n, self.group, -1), logs.reshape(rows, n, self.group)
 
 
 class _Body:
@@ -218,27 +218,20 @@ class _Body:
             pieces = pl.ds(head * k.pieces, k.pieces)
             plgpu.copy_gmem_to_smem(q.at[pieces], scratch["q"], scratch["ready"])
 
-        def fetch(i: Any) -> None:
-            slot, at = lax.rem(i, c.stages), head * (p.tokens // ROWS) + tile(i)
-            full = scratch["full"].at[wg * c.stages + slot]
-            for array, ring in zip(arrays, [*scratch["keys"], *scratch["values"]]):
-                n, flat = ring.shape[2], array.ndim == 1  # flat ones are copied whole, of any size
-                plgpu.copy_gmem_to_smem(
-                    array.at[pl.ds(at * n, n)], ring.at[wg, slot], full,
-                    oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS if flat else None,
-                )  # fmt: skip
-
+        slots, n_keys = [*scratch["keys"], *scratch["values"]], len(scratch["keys"])
+        ring = hopper.Ring(slots, scratch["full"], wg, c.stages, interpret)
+        fetch = lambda i: ring.fetch(i, arrays, head * (p.tokens // ROWS) + tile(i), i < mine)
+        ring.start()
         for i in range(c.stages):
-            pl.when(i < mine)(lambda i=i: fetch(jnp.int32(i)))
+            fetch(jnp.int32(i))
         plgpu.barrier_wait(scratch["ready"])
         shape = (ROWS, p.width)
         constant = lambda x: plgpu.layout_cast(jnp.full(shape, x, jnp.float32), hopper.WGMMA)
 
         staged = scratch["staged"].at[wg] if interpret else None
 
-        def scores(slot: Any) -> jax.Array:
+        def scores(refs: list[Any]) -> jax.Array:
             def scope(acc: Any) -> jax.Array:
-                refs = [ref.at[wg, slot] for ref in scratch["keys"]]
                 for a, piece, column in k.operands(refs, interpret):
                     own = scratch["q"].at[piece, :, pl.ds(column, 64)]
                     hopper.mma(acc, a, own.T, staged)
@@ -247,8 +240,8 @@ class _Body:
 
             return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
-        def weights(i: Any, slot: Any, top: jax.Array) -> tuple[jax.Array, ...]:
-            x = scores(slot)
+        def weights(i: Any, refs: list[Any], top: jax.Array) -> tuple[jax.Array, ...]:
+            x = scores(refs)
             if p.soft_cap is not None:
                 x = (p.soft_cap * LOG2E) * jnp.tanh(x * (1 / p.soft_cap))
             row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=hopper.WGMMA)
@@ -268,10 +261,10 @@ class _Body:
 
         def step(i: Any, carry: Any) -> Any:
             top, total, outs = carry
-            slot = lax.rem(i, c.stages)
-            plgpu.barrier_wait(scratch["full"].at[wg * c.stages + slot])
-            best, old, y = weights(i, slot, top)
-            refs, scales = [r.at[wg, slot] for r in scratch["values"]], scratch["scales"].at[wg]
+            ring.wait(i)
+            refs, scales = ring.tile(i), scratch["scales"].at[wg]
+            best, old, y = weights(i, refs[:n_keys], top)
+            refs = refs[n_keys:]
             hopper.store_weights(scratch["weights"].at[wg], y, interpret, k.paired)
             v.stage(refs, scales, interpret)
             if not interpret:
@@ -285,7 +278,7 @@ class _Body:
 
             found = pl.run_scoped(scope, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * v.tiles)
             hopper.sync(interpret)
-            pl.when(i + c.stages < mine)(lambda: fetch(i + c.stages))
+            fetch(i + c.stages)
             return best, total * old + y, [o * old + x for o, x in zip(outs, found)]
 
         zero = [constant(0.0) for _ in range(v.tiles)]
@@ -301,5 +294,4 @@ class _Body:
                 row * p.group + p.group, interpret, paired=True, rows=p.group,
             )  # fmt: skip
         found = jnp.where(total == 0, NEVER, top + jnp.log2(jnp.where(total == 0, 1.0, total)))
-        part = lax.rem(row, self.parts * c.warpgroups)
-        hopper.store_first(logs, found, head * p.group, part, p.group, interpret)
+        hopper.store_first(logs, found, row * p.group, jnp.int32(0), p.group, interpret)

@@ -21,6 +21,8 @@ from .layout import scale_rows as scale_rows
 from .layout import store_transposed as store_transposed
 from .layout import sync as sync
 from .layout import tiled as tiled
+from .ring import Ring as Ring
+from .ring import ring_barriers as ring_barriers
 from .transposed import expand_transposed as expand_transposed
 from .transposed import over_rows as over_rows
 from .transposed import spread_scales as spread_scales

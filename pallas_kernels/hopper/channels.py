@@ -19,7 +19,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from . import asm
 from .fragments import Plan, level_of
-from .halves import Halves
+from .halves import halves_of
 from .layout import ROWS, WGMMA
 from .transposed import load_matrices
 
@@ -62,7 +62,7 @@ def expand_channels(
         return_type=plgpu.ShapeDtypeStruct((ROWS, ROWS), jnp.float16, layout=WGMMA),
     )
     def run(ctx, codes, tables):
-        halves, (warp, _, q) = Halves(plan), asm.lanes()
+        halves, (warp, _, q) = halves_of(plan), asm.lanes()
         block = arith.shrui(warp, asm.const(1)) if tokens == 32 else asm.const(0)
         load = _load_narrow if row_bytes == 8 else _load
         words, piece = load(
@@ -77,6 +77,7 @@ def expand_channels(
             for b in range(2):
                 scale, *second = (pairs[b] for pairs in found)
                 rest = halves.rest(scale, *second) if second else None
+                scale = halves.scale(scale)
                 for r, word in enumerate(halves.places(words[2 * m + b])):
                     level = halves.level(word, field)
                     registers[2 * m + b, r] = halves.scaled(level, scale, rest)

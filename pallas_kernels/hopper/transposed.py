@@ -19,7 +19,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from . import asm
 from .fragments import Plan, level_of
-from .halves import Halves
+from .halves import halves_of
 from .layout import ROWS, WGMMA, tiled
 
 
@@ -47,7 +47,7 @@ def expand_transposed(
         return_type=[plgpu.ShapeDtypeStruct((ROWS, ROWS), jnp.float16, layout=WGMMA)] * tiles,
     )
     def run(ctx, codes, scales):
-        halves, (warp, _, q) = Halves(plan), asm.lanes()
+        halves, (warp, _, q) = halves_of(plan), asm.lanes()
         base, out = asm.pointer(scales), {}
         for chunk in range(max(1, row_bytes // 64)):
             words = list(map(halves.places, _load_transposed(codes, chunk, row_bytes)))
@@ -153,7 +153,7 @@ def spread_scales(to: Any, tables: Any, plan: Plan, groups: int, interpret: bool
 
     @asm.inline(arg_types=(plgpu.RefType(), [plgpu.RefType()] * len(tables)))
     def run(ctx, to, tables):
-        f16, halves = ir.F16Type.get(), Halves(plan)
+        f16, halves = ir.F16Type.get(), halves_of(plan)
         thread = arith.andi(arith.index_cast(asm.i32(), asm.thread()), asm.const(127))
         last = asm.const(32 * groups - 1)
         for j in range(-(-32 * groups // 128)):
@@ -169,6 +169,7 @@ def spread_scales(to: Any, tables: Any, plan: Plan, groups: int, interpret: bool
                 )
             if len(terms) == 2:
                 terms[1] = halves.rest(*terms)
+            terms[0] = halves.scale(terms[0])
             place = arith.addi(arith.muli(group, asm.const(32)), pair)
             place = arith.muli(place, asm.const(2 * len(terms)))
             kind = ir.VectorType.get((len(terms),), asm.i32())
