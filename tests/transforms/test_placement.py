@@ -105,6 +105,17 @@ def test_less_is_kept_in_the_compiled_program():
     assert peak(found.apply(fn)) < 0.7 * peak(fn)
 
 
+def test_a_measured_plan_keeps_to_its_budget_as_compiled():
+    _, fn, args = mlp()
+    compiled = lambda f: memory_planner.memory_report(jax.jit(f).lower(*args).compile()).peak
+    found = sx.plan(fn, *args, hbm=compiled(fn), device="cpu", measure=True)
+    assert found.measured == compiled(found.apply(fn)) <= found.budget
+    with pytest.raises(
+        ValueError, match=r"the least that was reached is|compilations the peak is still"
+    ):
+        sx.plan(fn, *args, hbm=compiled(fn) // 2, device="cpu", measure=True)
+
+
 def test_encoded_values_are_near():
     _, fn, args = llama(True)
     low = plan(fn, *args, strategy="full-remat").after

@@ -20,6 +20,7 @@ from stowax.memory_planner import (
     Prediction,
     choose,
     format_bytes,
+    memory_report,
     parse_bytes,
     predict,
 )  # fmt: skip
@@ -36,13 +37,23 @@ from .residuals import Numbers, Place, numbers, places
 
 _REACHES = (2, 1, 4, 8)
 _ROUNDS = 6
+_COMPILATIONS = 4
+_GAP = 1e-3  # of a solve, as a share
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A value that is carried over, and how."""
+    """A value that is carried over.
+
+    Attributes:
+      name: the place, the number of the equation there, and its primitive.
+      what: dtype and shape (of one layer, where a scan stacks it).
+      how: "keep", "offload" or "encode".
+      nbytes: before it is encoded, of all layers.
+    """
 
     name: str
+    what: str
     how: str
     nbytes: int
 
@@ -65,6 +76,7 @@ class Plan:
       codec: of encoded values; "" where there are none.
       fingerprint: of the program; `apply` takes no other.
       timelines: bytes over the operations, before and after.
+      measured: peak of the compiled program, bytes; None where it was not asked for.
     """
 
     device: str
@@ -82,6 +94,7 @@ class Plan:
     codec: str
     fingerprint: str
     timelines: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    measured: int | None = None
 
     @property
     def gap(self) -> float:
@@ -138,16 +151,18 @@ class Plan:
 
     def __str__(self) -> str:
         budget = "" if self.budget is None else f" of {format_bytes(self.budget)}"
+        measured = "" if self.measured is None else f", {format_bytes(self.measured)} compiled"
         lines = [
             f"{self.strategy} plan for {self.device}: peak {format_bytes(self.before)} -> {format_bytes(self.after)}"
-            f"{budget}, a step {1e3 * self.step_before:.2f} -> {1e3 * self.step_after:.2f} ms at peak rates, predicted",
+            f"{budget}{measured}, a step {1e3 * self.step_before:.2f} -> {1e3 * self.step_after:.2f} ms at peak rates, "
+            "predicted",
             f"keeping and making again: {1e3 * self.seconds:.3f} ms, no less than {1e3 * self.bound:.3f}"
             f" (gap {self.gap:.1%})",
         ]
-        rows = [(k.name, k.how, format_bytes(k.nbytes)) for k in self.kept]
-        rows = sorted(rows, key=lambda r: r[1])
+        kept = sorted(self.kept, key=lambda k: (k.how, -k.nbytes))
+        rows = [(k.name, k.what, k.how, format_bytes(k.nbytes)) for k in kept]
         if rows:
-            lines += ["", text_table(("value", "how", "bytes"), rows)]
+            lines += ["", text_table(("value", "what", "how", "bytes"), rows)]
         lines.append(
             f"\n{len(self.again)} operations run again; {format_bytes(self.host)} on the host"
         )
@@ -163,8 +178,9 @@ def plan(
     donate: int | Sequence[int] = (),
     encode: str = "",
     strategy: str = "optimal",
+    measure: bool = False,
     correction: float = 1.0,
-    time_limit: float = 60.0,
+    time_limit: float = 30.0,
 ) -> Plan:
     """Plans the memory of a function: a training step, a gradient, any program with a first and a second half.
 
@@ -178,8 +194,10 @@ def plan(
       encode: name of a codec ("int8-g128") that values may be kept in; "" for none. The only choice that changes
         results.
       strategy: "optimal", or a baseline: one of `BASELINES`.
+      measure: compile the planned program here and read the compiler's own peak; where that is above `hbm`, plan again
+        for so much less, until it is not.
       correction: factor on predicted temporaries, from `Prediction.corrected` of a compiled program.
-      time_limit: seconds for each solve.
+      time_limit: seconds for all solves together.
 
     Raises:
       ValueError: for a budget that can't be met, with the least that would do and what pins it; for unknown names.
@@ -200,7 +218,24 @@ def plan(
     )
     if strategy != "optimal":
         return search.baseline(strategy)
-    return search(budget)
+    return _measured(search, budget, fn, args, donate) if measure else search(budget)
+
+
+def _measured(search: _Search, budget: int, fn: Any, args: Any, donate: Any) -> Plan:
+    """The plan whose compiled program is within the budget."""
+    target, over = budget, 0
+    for _ in range(_COMPILATIONS):
+        found = search(target)
+        compiled = jax.jit(found.apply(fn), donate_argnums=donate).lower(*args).compile()
+        peak = memory_report(compiled).peak
+        if peak <= budget:
+            return dataclasses.replace(found, budget=budget, measured=peak)
+        over = peak - budget
+        target -= over
+    raise ValueError(
+        f"`hbm` is {format_bytes(budget)}, and after {_COMPILATIONS} compilations the peak is still "
+        f"{format_bytes(over)} above it: give {format_bytes(budget + over)}, or `host` memory"
+    )
 
 
 def execute(flat: Flat, plan: Plan, leaves: Sequence[Any]) -> list[Any]:
@@ -316,12 +351,16 @@ class _Search:
             if budget >= self.before.peak and not tried:
                 share = total
             try:
-                choice = choose(labels.problem, share, self.host, time_limit=self.limit)
+                choice = choose(
+                    labels.problem, share, self.host, gap=_GAP, time_limit=self.limit / _ROUNDS
+                )
             except InfeasibleError as error:
                 share = error.least + error.least // 10_000 + 1  # the solver's tolerance
                 if share >= high and tried:
                     break
-                choice = choose(labels.problem, share, self.host, time_limit=self.limit)
+                choice = choose(
+                    labels.problem, share, self.host, gap=_GAP, time_limit=self.limit / _ROUNDS
+                )
                 low = share
             tried.append((choice, self.predicted(choice.how)))
             peak = tried[-1][1].peak
@@ -343,7 +382,8 @@ class _Search:
         labels = self.numbers(0)
         p = labels.problem
         kept = tuple(
-            Kept(p.values[i].name, how, p.values[i].nbytes) for i, how in sorted(choice.how.items())
+            Kept(p.values[i].name, labels.variables[i][1].aval.str_short(), how, p.values[i].nbytes)
+            for i, how in sorted(choice.how.items())
         )
         again = tuple(
             f"{self.places[labels.equations[o][0]].key}/{labels.equations[o][1]}"
