@@ -1,6 +1,7 @@
 """Decode attention over packed caches against cuDNN in bf16 on a GPU: kernel time, the join of parts included.
 
   python -m stowax.experiments.bench_attention --cases=1x2048,1x8192,1x32768,16x8192
+  python -m stowax.experiments.bench_attention --specs=kv4,kv2,kivi4,kivi2
 
 Expected on one H100, 32 query and 8 KV heads of 128: int4 20.6 us at 1 x 32k (cuDNN 51), 63 at 16 x 8k (175).
 About 3 s for each row; writes out/bench_attention.json and .png.
@@ -16,32 +17,46 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from stowax.pallas_kernels import Rows, attention_kernel, decode_attention
-from stowax.pallas_kernels.codecs import per_token
+from stowax.pallas_kernels.codecs import RowCodec, per_token
 from stowax.transforms.report import text_table
 
-from . import kernel_timing, pictures
+from . import kernel_timing, kv_methods, pictures
 from .results import write_json
 
 CASES = flags.DEFINE_list("cases", ["1x2048", "1x8192", "1x32768", "16x8192"], "Batch x tokens.")
-SPECS = flags.DEFINE_list("specs", ["int8", "int4-g64-sym", "int4-g64", "int4-g32"], "Row codecs.")
+SPECS = flags.DEFINE_list(
+    "specs",
+    ["int8", "int4-g64-sym", "int4-g64", "int4-g32"],
+    "Row codecs, or methods of `kv_methods`: the codecs of their keys and values.",
+)
 HEADS = flags.DEFINE_string("heads", "32x8x128", "Query heads x heads of the cache x elements.")
 OUT = flags.DEFINE_string("out", "out/bench_attention", "Where the JSON and the picture go.")
 
 HEADER = ("cache", "B x S", "us", "of bf16", "TB/s", "error", "path")
 
 
-def random_rows(spec: str, b: int, k: int, s: int, h: int, seed: int) -> Rows:
+def codecs(spec: str) -> tuple[RowCodec, RowCodec]:
+    """Of keys and of values."""
+    method = kv_methods.METHODS[spec]() if spec in kv_methods.METHODS else None
+    if method is None or method.key is None or method.value is None:
+        return per_token(spec), per_token(spec)
+    return method.key, method.value
+
+
+def random_rows(codec: Any, b: int, k: int, s: int, h: int, seed: int) -> Rows:
     """Rows of random codes."""
-    codec, keys = per_token(spec), jax.random.split(jax.random.key(seed), 3)
-    bits: int = codec.codec.bits  # pyright: ignore[reportAttributeAccessIssue]
+    keys, bits = jax.random.split(jax.random.key(seed), 3), codec.codec.bits
     parts = {}
-    for name, shape in codec.part_shapes((b, k, s, h)).items():
+    shapes = codec.part_shapes((b, k, s, h))
+    for name, shape in shapes.items():
         if shape.dtype == jnp.uint8:
             parts[name] = jax.random.bits(keys[0], shape.shape, jnp.uint8)
         elif name == "scale":
-            step = 2.0 ** (1 - bits)  # rows of about unit size
+            step = 2.0 ** (1 - bits) if "mean" not in shapes else 1  # rows of about unit size
             x = step * jax.random.uniform(keys[1], shape.shape, jnp.float32, 0.5, 1.5)
             parts[name] = x.astype(shape.dtype)
+        elif name == "mean":
+            parts[name] = (0.3 * jax.random.normal(keys[2], shape.shape)).astype(shape.dtype)
         else:
             x = jax.random.randint(keys[2], shape.shape, 0, 2**bits)
             parts[name] = x.astype(shape.dtype)
@@ -62,7 +77,8 @@ def measure(spec: str, b: int, s: int, base: float) -> dict[str, Any]:
             implementation="cudnn",
         )  # fmt: skip
     else:
-        one = lambda i: random_rows(spec, b, k, s, h, i)
+        own = codecs(spec)
+        one = lambda i: random_rows(own[i % 2], b, k, s, h, i)
         attend = lambda q, kv: decode_attention(q, kv[0], kv[1], lengths)[0]
     first: Any = (one(0), one(1))
     nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(first))

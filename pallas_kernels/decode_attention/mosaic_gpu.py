@@ -95,7 +95,7 @@ def decode_attention(
     masks = [] if seen is None else [_words(by_head(seen))]
     parts, logs = problem(x, bounds, masks, k.arrays(keys), v.arrays(values))
     logs = jnp.where(logs <= NEVER, -jnp.inf, logs / LOG2E)
-    sums = joined.join(*(t.reshape(b, heads, *t.shape[1:]) for t in (parts, logs)))
+    sums = joined.sums(*(t.reshape(b, heads, *t.shape[1:]) for t in (parts, logs)))
     if getattr(values.codec, "rotate", False):
         sums = sums._replace(out=joined.turned(sums.out))
     more = []
@@ -114,9 +114,9 @@ def _bounds(
     if seen is None:
         return first, stop
     at = jnp.arange(tokens, dtype=jnp.int32)
-    seen = by_head(seen)
-    last = jnp.where(seen, at + 1, 0).max(-1)
-    return jnp.maximum(first, jnp.where(seen, at, tokens).min(-1)), jnp.minimum(stop, last)
+    both = jnp.where(by_head(seen), jnp.stack([at + 1, tokens - at])[:, None, None], 0)
+    last, behind = both.max(-1)  # one pass for both
+    return jnp.maximum(first, tokens - behind), jnp.minimum(stop, last)
 
 
 def _words(seen: jax.Array) -> jax.Array:
@@ -175,10 +175,10 @@ class _Problem:
         if self.interpret:
             scratch["staged"] = plgpu.SMEM((wg, ROWS, ROWS), f16)
         f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-        n = parts * wg
+        n, h = parts * wg, self.values.width  # beside a row of the result a 1, and padding
         kernel = plgpu.kernel(
             _Body(self, parts, len(masks)),
-            out_type=[f32(rows * n * self.group, self.values.width), f32(rows * n * self.group, 1)],
+            out_type=[f32(rows * n * self.group, h + 4), f32(rows * n * self.group, 1)],
             grid=(rows, parts),
             grid_names=("head", "part"),
             num_threads=wg,
@@ -190,7 +190,8 @@ class _Problem:
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
         )  # fmt: skip
         x, logs = kernel(q, bounds, *masks, *keys, *values)
-        return x.reshape(rows, n, self.group, -1), logs.reshape(rows, n, self.group)
+        x = x.reshape(rows, n, self.group, -1)[..., : h + 1]
+        return x, logs.reshape(rows, n, self.group)
 
 
 class _Body:
@@ -293,5 +294,7 @@ class _Body:
                 out, x * share, row * p.group, jnp.int32(64 * j),
                 row * p.group + p.group, interpret, paired=True, rows=p.group,
             )  # fmt: skip
+        at, one = row * p.group, jnp.int32(v.width)
+        hopper.store_first(out, constant(1.0), at, one, p.group, interpret)
         found = jnp.where(total == 0, NEVER, top + jnp.log2(jnp.where(total == 0, 1.0, total)))
         hopper.store_first(logs, found, row * p.group, jnp.int32(0), p.group, interpret)

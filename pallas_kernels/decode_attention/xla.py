@@ -14,7 +14,8 @@ from . import full as rest
 from .reference import visible
 from .rows import FullRows, Rows
 
-BLOCK_BYTES = 16 * 2**20  # of decoded float32 rows
+BLOCK_BYTES = 16 * 2**20  # of decoded float32 rows, in a CPU's caches
+DEVICE_BLOCK_BYTES = 128 * 2**20  # elsewhere: small blocks leave a GPU waiting for its next kernel
 
 
 def decode_attention(
@@ -66,7 +67,8 @@ def _block(keys: Rows, values: Rows) -> int:
     """Tokens of a block: a multiple of what a codec encodes together, and a divisor of all."""
     b, heads, tokens, h = keys.shape
     least = max(keys.codec.block, values.codec.block)
-    most = max(least, BLOCK_BYTES // (8 * b * heads * h))
+    nbytes = BLOCK_BYTES if jax.default_backend() == "cpu" else DEVICE_BLOCK_BYTES
+    most = max(least, nbytes // (8 * b * heads * h))
     sizes = (n for n in range(min(most, tokens), 0, -1) if tokens % n == 0 and n % least == 0)
     return next(sizes, tokens)
 
