@@ -6,7 +6,13 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = ["README.md", "docs/transforms.md", "docs/kernels.md", "docs/memory_planner.md", "docs/plans.md"]
+PAGES = [
+    "README.md",
+    "docs/transforms.md",
+    "docs/kernels.md",
+    "docs/memory_planner.md",
+    "docs/plans.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)

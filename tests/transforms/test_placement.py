@@ -192,6 +192,23 @@ def test_packed_weights_on_the_host():
     check_equal(jitted(streamed)(streamed.place(packed), *args), jitted(fast)(packed, *args))
 
 
+def test_a_decode_step_streams_the_weights_that_do_not_fit():
+    functions, params = models.functions(CONFIG), models.init_params(CONFIG)
+    args = params, jnp.ones((1, 4), jnp.int32), functions.init_cache(1, 8)
+    whole = plan(functions.step, *args)
+    found = plan(functions.step, *args, hbm=whole.after * 2 // 3, host="1GiB")
+    assert not whole.streamed
+    assert found.after <= found.budget < found.before == whole.before
+    assert found.host > 0
+    assert all(path.startswith("0/layers/") for path in found.streamed)
+    assert Plan.from_json(found.to_json()) == found
+    placed = found.place(*args)
+    assert (
+        jax.typeof(placed[0]["layers"]["mlp"]["up"]["weight"]).memory_space == jax.memory.Space.Host
+    )
+    check_equal(jitted(found.apply(functions.step))(*placed), jitted(functions.step)(*args))
+
+
 @pytest.mark.parametrize("ending", ["svg", "png"])
 def test_the_picture(ending, tmp_path):
     _, fn, args = mlp()

@@ -18,6 +18,8 @@ from jax.extend import core as jex
 from ..core import compat
 from ..core.program import of_arrays
 
+DEVICE, HOST = jax.memory.Space.Device, jax.memory.Space.Host
+
 _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 
 
@@ -62,7 +64,7 @@ def flatten(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _on_device(leaf: Any) -> Any:
     """The shape of a leaf as the program sees it, wherever it lives."""
-    if jax.typeof(leaf).memory_space == jax.memory.Space.Device:
+    if jax.typeof(leaf).memory_space == DEVICE:
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
@@ -76,15 +78,28 @@ def evaluate(jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) ->
 
 
 def step(eqn: compat.Eqn, values: Sequence[Any]) -> list[Any]:
+    """One equation; operands in host memory are fetched, those that a scan runs over slice by slice."""
     name = eqn.primitive.name
     if name in _INLINED:
         inner, consts = compat.open_jaxpr(eqn.params[_INLINED[name]])
         with compat.scope(eqn):
             return evaluate(inner, consts, values)
-    if name == "scan" and any(e.primitive.name in _INLINED for e in body_of(eqn)[0].eqns):
+    if name == "scan" and (any(map(on_host, values)) or _has_calls(eqn)):
         with compat.scope(eqn):
             return scan(eqn, values, lambda values: evaluate(*body_of(eqn), values))
-    return compat.bind(eqn, values)
+    return compat.bind(eqn, list(map(fetched, values)))
+
+
+def _has_calls(eqn: compat.Eqn) -> bool:
+    return any(e.primitive.name in _INLINED for e in body_of(eqn)[0].eqns)
+
+
+def on_host(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jax.typeof(x).memory_space == HOST
+
+
+def fetched(x: Any) -> Any:
+    return jax.device_put(x, DEVICE) if on_host(x) else x
 
 
 def body_of(eqn: compat.Eqn) -> tuple[compat.Jaxpr, Sequence[Any]]:
@@ -94,12 +109,16 @@ def body_of(eqn: compat.Eqn) -> tuple[compat.Jaxpr, Sequence[Any]]:
 def scan(
     eqn: compat.Eqn, values: Sequence[Any], body: Callable[[list[Any]], list[Any]]
 ) -> list[Any]:
-    """`eqn`, a scan, with another body; `values` may have more scanned operands, and the body more results."""
+    """`eqn`, a scan, with another body, which may have more scanned operands and more results.
+
+    Of operands in host memory each run fetches its own slice.
+    """
     consts, carries = compat.scan_split(eqn)
-    fixed, init, xs = values[:consts], values[consts : consts + carries], values[consts + carries :]
+    fixed, init = map(fetched, values[:consts]), map(fetched, values[consts : consts + carries])
+    fixed, xs = list(fixed), values[consts + carries :]
 
     def run(carry: Any, x: Any) -> Any:
-        out = body([*fixed, *carry, *x])
+        out = body([*fixed, *carry, *map(fetched, x)])
         return out[:carries], out[carries:]
 
     p = eqn.params

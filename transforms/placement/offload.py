@@ -7,16 +7,14 @@ device holds one layer or two. The copies of one layer overlap with the computat
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from ..core import compat
 from ..core.program import select
-from .flat import body_of, evaluate, flatten, scan, step
-
-HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+from .flat import HOST, evaluate, flatten
 
 
 class Offloaded:
@@ -34,10 +32,7 @@ class Offloaded:
         select(self.fn, args, kwargs, (self.params,))
         leaves = [x for x in jax.tree.leaves((args, kwargs)) if compat.is_array(x)]
         flat = flatten(self.fn, args, kwargs)
-        env = dict(zip(flat.jaxpr.constvars, flat.consts)) | dict(zip(flat.jaxpr.invars, leaves))
-        for eqn in flat.jaxpr.eqns:
-            env.update(zip(eqn.outvars, run(eqn, compat.read(env, eqn.invars))))
-        return jax.tree.unflatten(flat.out_tree, compat.read(env, flat.jaxpr.outvars))
+        return jax.tree.unflatten(flat.out_tree, evaluate(flat.jaxpr, flat.consts, leaves))
 
 
 def offload(fn: Callable[..., Any], *, weights: str = "host", params: int | str = 0) -> Offloaded:
@@ -63,23 +58,3 @@ def offload(fn: Callable[..., Any], *, weights: str = "host", params: int | str 
     if weights != "host":
         raise ValueError(f"`weights` is {weights!r}; expected 'host'")
     return Offloaded(fn, params)
-
-
-def on_host(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jax.typeof(x).memory_space == HOST
-
-
-def fetched(x: Any) -> Any:
-    return jax.device_put(x, DEVICE) if on_host(x) else x
-
-
-def run(eqn: compat.Eqn, values: Sequence[Any]) -> list[Any]:
-    """An equation whose operands may be on the host."""
-    if not any(map(on_host, values)):
-        return step(eqn, values)
-    if eqn.primitive.name != "scan":
-        return step(eqn, list(map(fetched, values)))
-    first = sum(compat.scan_split(eqn))
-    values = [*map(fetched, values[:first]), *values[first:]]
-    body, consts = body_of(eqn)
-    return scan(eqn, values, lambda args: evaluate(body, consts, list(map(fetched, args))))

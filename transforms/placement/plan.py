@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from stowax.memory_planner import (
     ENCODE,
@@ -32,8 +33,8 @@ from stowax.pallas_kernels import codecs
 from ..report import text_table
 from . import rewrite
 from .baselines import BASELINES
-from .flat import Flat, flatten
-from .residuals import Numbers, Place, numbers, places
+from .flat import HOST, Flat, flatten
+from .residuals import Numbers, Place, nbytes, numbers, places, scanned_only
 
 _REACHES = (2, 1, 4, 8)
 _ROUNDS = 6
@@ -77,6 +78,7 @@ class Plan:
       fingerprint: of the program; `apply` takes no other.
       timelines: bytes over the operations, before and after.
       measured: peak of the compiled program, bytes; None where it was not asked for.
+      streamed: arguments that live on the host and are fetched layer by layer, by path; see `place`.
     """
 
     device: str
@@ -95,6 +97,7 @@ class Plan:
     fingerprint: str
     timelines: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     measured: int | None = None
+    streamed: tuple[str, ...] = ()
 
     @property
     def gap(self) -> float:
@@ -121,6 +124,14 @@ class Plan:
 
         return planned
 
+    def place(self, *args: Any) -> tuple[Any, ...]:
+        """The arguments with those that the plan streams in host memory. Once; then `apply` takes them."""
+        paths = jax.tree_util.tree_leaves_with_path((args, {}))
+        names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+        move = lambda name, x: jax.device_put(x, HOST) if name in self.streamed else x
+        leaves = [move(name, x) for name, (_, x) in zip(names, paths)]
+        return jax.tree.unflatten(jax.tree.structure((args, {})), leaves)[0]
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
@@ -130,7 +141,7 @@ class Plan:
         try:
             fields = json.loads(text)
             fields["kept"] = tuple(Kept(**k) for k in fields["kept"])
-            fields["again"] = tuple(fields["again"])
+            fields["again"], fields["streamed"] = tuple(fields["again"]), tuple(fields["streamed"])
             fields["timelines"] = tuple(map(tuple, fields["timelines"]))
             return cls(**fields)
         except (ValueError, KeyError, TypeError) as error:
@@ -182,7 +193,11 @@ def plan(
     correction: float = 1.0,
     time_limit: float = 30.0,
 ) -> Plan:
-    """Plans the memory of a function: a training step, a gradient, any program with a first and a second half.
+    """Plans the memory of a function: a gradient, a training step, a decode step.
+
+    What a first half carries over to a second is kept, made again, offloaded or encoded. Where that is not enough and
+    there is `host` memory, arguments that only scans run over (stacked weights) are fetched from there, the largest
+    first.
 
     Args:
       fn: the function, differentiated already if it trains (`jax.value_and_grad(loss)`, or a whole step).
@@ -226,7 +241,8 @@ def _measured(search: _Search, budget: int, fn: Any, args: Any, donate: Any) -> 
     target, over = budget, 0
     for _ in range(_COMPILATIONS):
         found = search(target)
-        compiled = jax.jit(found.apply(fn), donate_argnums=donate).lower(*args).compile()
+        given = jax.tree.unflatten(jax.tree.structure(args), search.leaves)
+        compiled = jax.jit(found.apply(fn), donate_argnums=donate).lower(*given).compile()
         peak = memory_report(compiled).peak
         if peak <= budget:
             return dataclasses.replace(found, budget=budget, measured=peak)
@@ -272,12 +288,13 @@ class _Search:
         self.codec = codecs.get(encode) if encode else None
         self.encode = encode
         self.places = places(flat)
-        self.leaves = [x for x in jax.tree.leaves(args) if hasattr(x, "shape")]
+        self.leaves: list[Any] = [x for x in jax.tree.leaves(args) if hasattr(x, "shape")]
+        self.streamed: list[int] = []
         bits = self.codec.bits_per_weight((1, 4096)) if self.codec is not None else 0.0
         self.numbers = functools.cache(
             lambda reach: numbers(self.places, device, reach=reach, offload=host > 0, bits=bits)
         )
-        self.before = self.predicted(None)
+        self.before = self.original = self.predicted(None)
 
     def as_function(self, how: Mapping[int, str] | None) -> Callable[..., list[Any]]:
         labels = self.numbers(0)
@@ -308,11 +325,29 @@ class _Search:
         tried += [(c, self.predicted(c.how)) for c in self.simple if c.seconds < best]
         fitting = [c for c in tried if c[1].peak <= budget]
         if not fitting:
-            self.refuse(budget, min((p for _, p in tried), key=lambda p: p.peak))
+            least = min((p for _, p in tried), key=lambda p: p.peak)
+            if self.stream(least.peak - budget):
+                return self(budget)
+            self.refuse(budget, least)
         choice, prediction = min(fitting, key=lambda c: c[0].seconds)
         bounds = [c.bound for choices in found for c, p in choices if p.peak <= budget]
         bound = min([choice.seconds, *bounds])
         return self.made("optimal", budget, dataclasses.replace(choice, bound=bound), prediction)
+
+    def stream(self, excess: int) -> bool:
+        """Leaves more arguments on the host, the largest first, until they are as much as `excess`; whether it did."""
+        sizes = {i: nbytes(v) for i, v in enumerate(self.flat.jaxpr.invars)}
+        found = [i for i in scanned_only(self.flat) if i not in self.streamed]
+        room = self.host - sum(sizes[i] for i in self.streamed)
+        before = len(self.streamed)
+        for i in sorted(found, key=lambda i: -sizes[i]):
+            if excess > 0 and sizes[i] <= room:
+                self.streamed.append(i)
+                self.leaves[i] = _on_host(self.leaves[i])
+                excess, room = excess - sizes[i], room - sizes[i]
+        if len(self.streamed) > before:
+            self.before = self.predicted(None)
+        return len(self.streamed) > before
 
     @property
     def simple(self) -> list[Choice]:
@@ -396,17 +431,23 @@ class _Search:
             strategy=strategy,
             kept=kept,
             again=again,
-            before=self.before.peak,
+            before=self.original.peak,
             after=prediction.peak,
             seconds=choice.seconds,
             bound=choice.bound,
-            step_before=self.before.seconds,
+            step_before=self.original.seconds,
             step_after=prediction.seconds,
-            host=choice.host_nbytes,
+            host=choice.host_nbytes + sum(nbytes(self.flat.jaxpr.invars[i]) for i in self.streamed),
+            streamed=tuple(self.flat.names[i].removeprefix("0/") for i in sorted(self.streamed)),
             codec=self.encode if encoded else "",
             fingerprint=self.flat.fingerprint,
-            timelines=(_bytes_over_time(self.before), _bytes_over_time(prediction)),
+            timelines=(_bytes_over_time(self.original), _bytes_over_time(prediction)),
         )
+
+
+def _on_host(leaf: Any) -> Any:
+    """The type of a leaf in host memory, which traces as it does."""
+    return jax.typeof(jnp.empty((), leaf.dtype)).update(shape=leaf.shape, memory_space=HOST)
 
 
 def _bytes_over_time(prediction: Prediction) -> tuple[int, ...]:

@@ -82,6 +82,18 @@ def places(flat: Flat) -> list[Place]:
     return [*found, *_program_place(flat, paired, read)]
 
 
+def scanned_only(flat: Flat) -> list[int]:
+    """The arguments that are nothing but run over by scans, by number: they can stay on the host as stacks."""
+    jaxpr = flat.jaxpr
+    elsewhere = {v for v in jaxpr.outvars if not is_literal(v)}
+    stacks: set[Any] = set()
+    for eqn in jaxpr.eqns:
+        first = sum(compat.scan_split(eqn)) if eqn.primitive.name == "scan" else len(eqn.invars)
+        elsewhere.update(v for v in eqn.invars[:first] if not is_literal(v))
+        stacks.update(v for v in eqn.invars[first:] if not is_literal(v))
+    return [i for i, v in enumerate(jaxpr.invars) if v in stacks and v not in elsewhere]
+
+
 def _pairs(jaxpr: compat.Jaxpr) -> list[Pair]:
     scans = [i for i, eqn in enumerate(jaxpr.eqns) if eqn.primitive.name == "scan"]
     made = {}

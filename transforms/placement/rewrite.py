@@ -18,10 +18,8 @@ from stowax.memory_planner import ENCODE, KEEP, OFFLOAD
 from stowax.pallas_kernels.codecs import Codec
 
 from ..core import compat
-from .flat import Flat, body_of, is_literal, scan, step
+from .flat import DEVICE, HOST, Flat, body_of, is_literal, scan, step
 from .residuals import Pair, Place
-
-DEVICE, HOST = jax.memory.Space.Device, jax.memory.Space.Host
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
