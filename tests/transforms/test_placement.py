@@ -203,9 +203,8 @@ def test_a_decode_step_streams_the_weights_that_do_not_fit():
     assert all(path.startswith("0/layers/") for path in found.streamed)
     assert Plan.from_json(found.to_json()) == found
     placed = found.place(*args)
-    assert (
-        jax.typeof(placed[0]["layers"]["mlp"]["up"]["weight"]).memory_space == jax.memory.Space.Host
-    )
+    on_host = [jax.typeof(x).memory_space == jax.memory.Space.Host for x in jax.tree.leaves(placed)]
+    assert sum(on_host) == len(found.streamed)
     check_equal(jitted(found.apply(functions.step))(*placed), jitted(functions.step)(*args))
 
 
