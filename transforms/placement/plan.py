@@ -126,11 +126,12 @@ class Plan:
 
     def place(self, *args: Any) -> tuple[Any, ...]:
         """The arguments with those that the plan streams in host memory. Once; then `apply` takes them."""
-        paths = jax.tree_util.tree_leaves_with_path((args, {}))
-        names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-        move = lambda name, x: jax.device_put(x, HOST) if name in self.streamed else x
-        leaves = [move(name, x) for name, (_, x) in zip(names, paths)]
-        return jax.tree.unflatten(jax.tree.structure((args, {})), leaves)[0]
+
+        def move(path: Any, x: Any) -> Any:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return jax.device_put(x, HOST) if name in self.streamed else x
+
+        return jax.tree_util.tree_map_with_path(move, args)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
