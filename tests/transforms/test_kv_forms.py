@@ -122,13 +122,6 @@ def test_found_and_equal_with_a_full_cache(form):
 
 @pytest.mark.slow
 @every_form
-def test_equal_by_replay(form):
-    got, want, _ = outputs_of(form, sx.recipes.full(), calls=2)
-    check_equal(got, want)
-
-
-@pytest.mark.slow
-@every_form
 def test_equal_when_nothing_has_to_be_evicted(form):
     """Slots that remember positions: the model's mask is evaluated at them, for each head."""
     if form.name in NO_EVICTION:
