@@ -12,7 +12,8 @@ import numpy as np
 
 from stowax.memory_planner import Device
 
-from .plan import Plan, plan
+from .plan import Plan
+from .search import plan
 
 
 def remat(
