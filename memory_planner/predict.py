@@ -16,6 +16,7 @@ from .cost import seconds
 from .devices import Device, device
 from .graph import HOST, Graph, Value, trace
 from .liveness import Span, donations, lifetimes, totals
+from .packing import Buffer, pack
 from .report import MemoryReport, format_bytes
 from .rules import Rules, rules_for
 from .simplify import simplify
@@ -87,6 +88,28 @@ class Prediction:
         step = self._totals.index(max(self._totals))
         alive = [b for b in self.buffers if b.start <= step < b.end and b.nbytes]
         return tuple(sorted(alive, key=lambda buffer: -buffer.nbytes))
+
+    def offsets(self, capacity: int | None = None, *, time_limit: float = 10.0) -> tuple[int, ...]:
+        """Where each of `buffers` can lie so that all fit: a proof that the peak is not lost to gaps.
+
+        Args:
+          capacity: bytes for them; None is what the device has beside arguments and outputs.
+          time_limit: seconds of search, where greedy packing is not enough.
+
+        Returns:
+          An offset for each buffer, in bytes; 0 for an empty one.
+
+        Raises:
+          PackingError: it is proven that there is no packing, and which buffers are enough for that.
+          PackingTimeout: neither was found in time.
+        """
+        if capacity is None:
+            capacity = self.device.hbm_bytes - self.arguments - self.outputs
+        own = [i for i, b in enumerate(self.buffers) if b.nbytes and b.end > b.start]
+        spans = [self.buffers[i] for i in own]
+        items = [Buffer(i, s.start, s.end, s.nbytes) for i, s in zip(own, spans)]
+        found = dict(zip(own, pack(items, max(1, capacity), time_limit=time_limit)))
+        return tuple(found.get(i, 0) for i in range(len(self.buffers)))
 
     def corrected(self, measured: MemoryReport | int) -> Prediction:
         """This prediction with its temporaries scaled to a measured peak.

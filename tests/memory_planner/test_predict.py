@@ -1,6 +1,7 @@
 """The rules of prediction, one small program each, with bytes counted by hand."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,24 @@ def test_the_timeline_and_the_table():
     assert lines[0].split()[:3] == ["arguments", "1.00", "MiB"]
     assert "of v5e" in lines[3]
     assert "float32[512,512]" in lines[4]
+
+
+def test_buffers_lie_beside_each_other_within_the_peak():
+    def fn(x):
+        y = x @ x
+        for _ in range(4):
+            y = jnp.tanh(y @ x) @ y
+        return y
+
+    found = predict(fn, SQUARE, device="v5e")
+    offsets = found.offsets(found.temporaries)
+    placed = [(b, o) for b, o in zip(found.buffers, offsets, strict=True) if b.nbytes]
+    assert all(o + b.nbytes <= found.temporaries for b, o in placed)
+    for (a, x), (b, y) in itertools.combinations(placed, 2):
+        apart = a.end <= b.start or b.end <= a.start
+        assert apart or x + a.nbytes <= y or y + b.nbytes <= x
+    with pytest.raises(memory_planner.PackingError):
+        found.offsets(found.temporaries - 1)
 
 
 def test_a_measurement_corrects_the_program_and_its_variants():
