@@ -101,7 +101,8 @@ def test_shard_map_counts_the_bytes_of_one_device():
     rows = PartitionSpec("x")
     fn = jax.shard_map(lambda x: jnp.sin(x) + 1.0, mesh=mesh, in_specs=rows, out_specs=rows)
     graph = trace(fn, X)
-    first, *inside, last = [op for op in graph.ops if op.name not in ("pvary", "pcast")]
+    skipped = ("pvary", "pcast", "convert_element_type")  # some versions cast the 1.0 inside
+    first, *inside, last = [op for op in graph.ops if op.name not in skipped]
     assert [op.name for op in inside] == ["sin", "add"]
     assert [op.outputs[0].nbytes for op in (first, *inside, last)] == [32] * 4
 
