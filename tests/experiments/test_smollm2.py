@@ -10,7 +10,7 @@ from stowax.experiments import rewriting, sweep
 @pytest.mark.slow
 def test_quality_of_variants(tmp_path):
     config = sweep.Config(
-        names=("gguf", "int8", "int4-g32", "int4-g64", "int4-g64-hqq", "int4-g64-gptq"),
+        names=("gguf", "int8", "int4-g64", "int4-g64-hqq", "int4-g64-gptq"),
         tokens=1025,
         words=4,
         batches=6,
@@ -20,7 +20,6 @@ def test_quality_of_variants(tmp_path):
     loss = {name: v["perplexity"] / base - 1 for name, v in found.items()}
     assert abs(loss["gguf"]) < 1e-3
     assert abs(loss["int8"]) < 0.02
-    assert abs(loss["int4-g32"]) < 0.01  # the grid of the file itself
     assert 0.1 < loss["int4-g64"] < 0.6
     assert loss["int4-g64-hqq"] < 0.9 * loss["int4-g64"]
     assert loss["int4-g64-gptq"] < 0.5 * loss["int4-g64"]
