@@ -35,7 +35,7 @@ def decode_attention(
     """``softmax(scale * q @ keys.T) @ values`` over the first `lengths` tokens of each row of the batch.
 
     Args:
-      q: ``[B, N, H]``, float; N a multiple of the cache's K heads. The GPU kernel rounds float32 to bfloat16.
+      q: ``[B, N, H]``, float; N a multiple of the cache's K heads. The GPU kernel rounds it to float16.
       keys, values: packed ``[B, K, S, H]``; see `pack_rows`.
       lengths: ``int32[B]``: tokens that are there, 0 to S.
       seen: ``bool[B, S]``, or ``bool[B, K, S]``: which of those tokens are attended to; None for all. Any mask that the

@@ -50,7 +50,7 @@ def attention_kernel(q: Any, keys: Rows, values: Rows) -> str:
     )
     if reason:
         return f"xla: decode + attend, block by block ({reason})"
-    return "mosaic_gpu: fused" + (", q in bfloat16" if q.dtype == jnp.float32 else "")
+    return "mosaic_gpu: fused" + (", q in float16" if q.dtype == jnp.float32 else "")
 
 
 def _by_xla(operands: Any, **options: Any) -> Result:

@@ -1,7 +1,7 @@
-"""What is left around the kernel, in few passes: joining its parts, attention to rows in full, turning rows back.
+"""Attention to the few rows that are kept in full, how parts of one attention are joined, and turning rows back.
 
-The same as `full.py`, but written for few kernels of XLA, of which each takes longer to start than to read what these
-read: products are sums of their own instead of small matmuls, and a column of ones beside the rows sums the weights.
+Written for few kernels of XLA, of which each takes longer to start than to read what these read: products are sums of
+their own instead of small matmuls, and a column of ones beside the rows sums the weights.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from ..codecs.rows import hadamard_matrix
-from .full import Part
 from .reference import by_head
 from .rows import FullRows
+
+# Output f32[B, K, G, H] and logarithm of the denominator f32[B, K, G].
+Part = tuple[jax.Array, jax.Array]
 
 
 class Sums(NamedTuple):

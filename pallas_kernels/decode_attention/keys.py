@@ -15,8 +15,7 @@ from ..codecs.integer import Int
 from ..codecs.lloyd_max import LloydMax
 from ..hopper import ROWS
 from .rows import Rows
-
-Slot = tuple[tuple[int, ...], Any, tuple[Any, ...]]  # of a tile: shape, dtype, transforms
+from .token_rows import Slot, TokenRows
 
 
 def plan_of(codec: Any) -> hopper.Plan | None:
@@ -28,11 +27,9 @@ def plan_of(codec: Any) -> hopper.Plan | None:
 
 def keys_of(rows: Rows) -> TokenKeys | ChannelKeys:
     codec: Any = rows.codec
-    plan = hopper.plan_of(codec.codec)
     if isinstance(codec, PerChannel):
-        return ChannelKeys(plan, codec.tokens, rows.width)
-    groups, row_bytes = rows.parts["scale"].shape[-1], rows.parts["codes"].shape[-1]
-    return TokenKeys(plan, row_bytes, codec.codec.group or rows.width, groups, rows.width)
+        return ChannelKeys(hopper.plan_of(codec.codec), codec.tokens, rows.width)
+    return TokenKeys.of(rows)
 
 
 def refusal(rows: Rows) -> str:
@@ -49,21 +46,8 @@ def refusal(rows: Rows) -> str:
     return hopper.refusal(codec.codec, rows.width)  # pyright: ignore
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenKeys:
-    """Keys in rows.
-
-    Attributes:
-      row_bytes: of codes.
-      group, groups: elements that a scale covers, and scales of a row.
-      width: elements of a row.
-    """
-
-    plan: hopper.Plan
-    row_bytes: int
-    group: int
-    groups: int
-    width: int
+class TokenKeys(TokenRows):
+    """Keys in rows."""
 
     paired = False  # whether rows of an operand are in the order of `expand_channels`
 
@@ -77,16 +61,6 @@ class TokenKeys:
         rows, width, _ = x.shape
         x = x.reshape(rows, width, self.pieces, -1).swapaxes(1, 2)
         return hopper.permute_columns(x).reshape(rows * self.pieces, width, -1)
-
-    def arrays(self, rows: Rows) -> list[jax.Array]:
-        """Codes ``[B K S, row_bytes]`` and flat tables."""
-        codes = rows.parts["codes"].reshape(-1, self.row_bytes)
-        return [codes, *(rows.parts[name].reshape(-1) for name in self.plan.tables)]
-
-    def slots(self, arrays: list[jax.Array]) -> list[Slot]:
-        """Of a tile, for each of the arrays."""
-        codes: Slot = (ROWS, self.row_bytes), jnp.uint8, hopper.tiled(jnp.uint8, self.row_bytes)
-        return [codes, *(((ROWS * self.groups,), x.dtype, ()) for x in arrays[1:])]
 
     def operands(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
         """Operands ``f16[64, 64]`` of the tile in `refs`, each with the piece and the column of q that it meets."""

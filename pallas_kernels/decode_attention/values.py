@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from .. import hopper
 from ..codecs import PerToken
 from ..hopper import ROWS
-from .keys import Slot, plan_of
+from .keys import plan_of
 from .rows import Rows
+from .token_rows import TokenRows
 
 
 def refusal(rows: Rows) -> str:
@@ -29,27 +28,8 @@ def refusal(rows: Rows) -> str:
     return ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Values:
-    """Values in rows.
-
-    Attributes:
-      row_bytes: of codes.
-      group, groups: elements that a scale covers, and scales of a row.
-      width: elements of a row.
-    """
-
-    plan: hopper.Plan
-    row_bytes: int
-    group: int
-    groups: int
-    width: int
-
-    @classmethod
-    def of(cls, rows: Rows) -> Values:
-        codec: Any = rows.codec.codec  # pyright: ignore[reportAttributeAccessIssue]
-        groups, row_bytes = rows.parts["scale"].shape[-1], rows.parts["codes"].shape[-1]
-        return cls(hopper.plan_of(codec), row_bytes, codec.group or rows.width, groups, rows.width)
+class Values(TokenRows):
+    """Values in rows."""
 
     @property
     def tiles(self) -> int:
@@ -60,19 +40,6 @@ class Values:
     def spread(self) -> int:
         """float16 numbers of a tile's tables as `hopper.spread_scales` has them."""
         return self.groups * ROWS * self.plan.terms
-
-    def arrays(self, rows: Rows) -> list[jax.Array]:
-        """Codes ``[B K S, row_bytes]``, flat where those are less than 64, and flat tables."""
-        shape = (-1, self.row_bytes) if self.row_bytes >= 64 else (-1,)
-        tables = (rows.parts[name].reshape(-1) for name in self.plan.tables)
-        return [rows.parts["codes"].reshape(shape), *tables]
-
-    def slots(self, arrays: list[jax.Array]) -> list[Slot]:
-        """Of a tile, for each of the arrays."""
-        codes: Slot = (ROWS * self.row_bytes,), jnp.uint8, ()
-        if self.row_bytes >= 64:
-            codes = (ROWS, self.row_bytes), jnp.uint8, hopper.tiled(jnp.uint8, self.row_bytes)
-        return [codes, *(((ROWS * self.groups,), x.dtype, ()) for x in arrays[1:])]
 
     def stage(self, refs: list[Any], to: Any, interpret: bool) -> None:
         """The tile's tables as `operands` wants them; a barrier comes before that."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import full as rest
+from .joined import Sums, attend, finished
 from .reference import visible
 from .rows import FullRows, Rows
 
@@ -55,11 +55,10 @@ def decode_attention(
     start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, h)))
     used = (jnp.max(lengths) + block - 1) // block
     top, total, out = lax.fori_loop(0, used, step, start)
-    out = out / jnp.where(total == 0, 1, total)[..., None]
-    total = top + jnp.log(total)
+    parts = [Sums(top, total, out)]
     if full is not None:
-        more = rest.attend(q, full, scale=scale, soft_cap=soft_cap)
-        out, total = rest.join(jnp.stack([out, more[0]], -2), jnp.stack([total, more[1]], -1))
+        parts.append(attend(q, full, scale=scale, soft_cap=soft_cap))
+    out, total = finished(*parts)
     return out.reshape(b, n, h).astype(q.dtype), total.reshape(b, n)
 
 
