@@ -18,7 +18,7 @@ from scipy.sparse import coo_array
 
 from .report import format_bytes
 
-KEEP, RECOMPUTE, OFFLOAD, ENCODE = "keep", "recompute", "offload", "encode"
+KEEP, OFFLOAD, ENCODE = "keep", "offload", "encode"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,6 @@ class _Program:
             v.encode * v.seconds for v in p.values
         ] + p.encode_seconds * sizes
         out[3 * self.n : -2] = [op.seconds for op in p.ops]
-        out[-2:] = 1
         return out
 
     def solve(

@@ -28,7 +28,7 @@ def recompute_seconds(eqn: Any, device: Device) -> float:
     if inner:
         trips = eqn.params.get("length", 1)
         return trips * max(sum(recompute_seconds(e, device) for e in j.eqns) for j in inner)
-    moved = tree_nbytes([_shape(v) for v in (*eqn.invars, *eqn.outvars)]) / device.bandwidth
+    moved = tree_nbytes([v.aval for v in (*eqn.invars, *eqn.outvars)]) / device.bandwidth
     if name in MATRIX:
         return max(flops_of(eqn) / device.peak(eqn.invars[0].aval.dtype), moved)
     if name in OPAQUE or name == "gather" or name.startswith("scatter"):
@@ -36,12 +36,6 @@ def recompute_seconds(eqn: Any, device: Device) -> float:
     if name in REDUCTIONS or name not in MOVES:
         return FUSED_SHARE * moved
     return 0.0
-
-
-def _shape(atom: Any) -> Any:
-    import jax
-
-    return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
 
 
 def is_light(eqn: Any) -> bool:

@@ -71,10 +71,15 @@ def _on_device(leaf: Any) -> Any:
 
 def evaluate(jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """Runs a jaxpr with its calls inlined."""
+    return compat.read(environment(jaxpr, consts, args), jaxpr.outvars)
+
+
+def environment(jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> dict[Any, Any]:
+    """The same: the value of every variable."""
     env = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
     for eqn in jaxpr.eqns:
         env.update(zip(eqn.outvars, step(eqn, compat.read(env, eqn.invars))))
-    return compat.read(env, jaxpr.outvars)
+    return env
 
 
 def step(eqn: compat.Eqn, values: Sequence[Any]) -> list[Any]:

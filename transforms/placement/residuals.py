@@ -163,7 +163,7 @@ def _program_place(flat: Flat, paired: set[Any], read: set[Any]) -> list[Place]:
 
 
 def nbytes(atom: Any) -> int:
-    return tree_nbytes(jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype))
+    return tree_nbytes(atom.aval)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

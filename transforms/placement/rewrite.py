@@ -18,7 +18,7 @@ from stowax.memory_planner import ENCODE, KEEP, OFFLOAD
 from stowax.pallas_kernels.codecs import Codec
 
 from ..core import compat
-from .flat import DEVICE, HOST, Flat, body_of, is_literal, scan, step
+from .flat import DEVICE, HOST, Flat, body_of, environment, evaluate, is_literal, scan, step
 from .residuals import Pair, Place
 
 
@@ -153,7 +153,7 @@ class _Run:
         kept = list(dict.fromkeys((v, how) for d in decisions for v, how in d.how.items()))
 
         def run(args: list[Any]) -> list[Any]:
-            env = _evaluated(body, consts, args)
+            env = environment(body, consts, args)
             out = compat.read(env, [body.outvars[i] for i in rest])
             stored = [self.keeper.put(env[v], how) for v, how in kept]
             layouts[:] = stored
@@ -161,9 +161,8 @@ class _Run:
 
         layouts: list[Stored] = []
         found = scan(eqn, values, run)
-        leaves, tree = jax.tree.flatten([s.arrays for s in layouts])
+        tree = jax.tree.structure([s.arrays for s in layouts])
         arrays = jax.tree.unflatten(tree, found[len(rest) :])
-        assert len(leaves) == len(found) - len(rest)
         stacks = {v: Stored(how, x, s.aval) for (v, how), x, s in zip(kept, arrays, layouts)}
         for d in decisions:
             self.stacks[d.place.key] = {v: stacks[v] for v in d.how}
@@ -192,8 +191,7 @@ class _Run:
             for k, j in pair.results.items():
                 replaced[k] = number, inner.outvars[n_carries + j]
         rest = [k for k in range(len(scanned)) if k not in replaced]
-        extra = [(own, {v: s.arrays for v, s in stack.items()}) for _, own, stack in sources]
-        extra = [(own, list(arrays.values())) for own, arrays in extra]
+        extra = [(own, [s.arrays for s in stack.values()]) for _, own, stack in sources]
         flat, tree = jax.tree.flatten(([scanned[k] for k in rest], extra))
 
         def run(args: list[Any]) -> list[Any]:
@@ -206,8 +204,7 @@ class _Run:
             for k, (number, var) in replaced.items():
                 operands[k] = var.val if is_literal(var) else lazies[number](var)
             args = [*args[:start], *(operands[k] for k in range(len(scanned)))]
-            env = _evaluated(body, consts, args)
-            return compat.read(env, body.outvars)
+            return evaluate(body, consts, args)
 
         return scan(eqn, [*fixed, *flat], run)
 
@@ -222,13 +219,6 @@ class _Run:
         made = {v: i for i, eqn in enumerate(body.eqns) for v in eqn.outvars}
         kept = {v: dataclasses.replace(s, arrays=x) for (v, s), x in zip(stack.items(), arrays)}
         return Lazy(d.place, made, kept, free, self.keeper, None)
-
-
-def _evaluated(jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> dict[Any, Any]:
-    env = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
-    for eqn in jaxpr.eqns:
-        env.update(zip(eqn.outvars, step(eqn, compat.read(env, eqn.invars))))
-    return env
 
 
 class Lazy:
