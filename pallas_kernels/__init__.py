@@ -1,6 +1,9 @@
 """Functions on arrays: codecs and low-bit kernels."""
 
 from . import codecs as codecs
+from .append import Kept as Kept
+from .append import append as append
+from .append import append_kernel as append_kernel
 from .decode_attention import FullRows as FullRows
 from .decode_attention import Rows as Rows
 from .decode_attention import attention_kernel as attention_kernel

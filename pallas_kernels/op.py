@@ -6,6 +6,7 @@ CPU costs nothing more, and an exported program picks for each platform that it 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ class Op:
       default: works everywhere; the shape of its result is the operation's.
       on: by platform ("cuda", "tpu"), None or another implementation.
       batch: the rule for `jax.vmap`: ``(op, size, operands, is_batched, options) -> result``, its new axis in front.
+      stable: whether kernels are kept in exported programs; else those hold `default`.
+      context: a context in which kernels are lowered.
 
     Options are hashable. The gradient is that of `default`.
     """
@@ -36,8 +39,12 @@ class Op:
         default: Implementation,
         on: dict[str, Implementation],
         batch: Callable[..., Any],
+        *,
+        stable: bool = True,
+        context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ):
         self.name, self.default, self.batch = name, default, batch
+        self.stable, self.context = stable, context
         self.primitive = p = Primitive(name)
         p.multiple_results = True
         p.def_abstract_eval(self._abstract)
@@ -102,11 +109,16 @@ class Op:
         lower = mlir.lower_fun(run, multiple_results=True)
         if platform is None:
             return lower
+        plain = self._lowering(self.default, None)
 
         def rule(ctx: Any, *args: Any, **params: Any) -> Any:
+            module = ctx.module_context
+            if module.lowering_parameters.for_export and not self.stable:
+                return plain(ctx, *args, **params)
             # Mosaic GPU refuses modules for several platforms; what is lowered here is for one.
-            module = ctx.module_context.replace(platforms=(platform,))
-            return lower(ctx.replace(module_context=module), *args, **params)
+            module = module.replace(platforms=(platform,))
+            with self.context():
+                return lower(ctx.replace(module_context=module), *args, **params)
 
         return rule
 

@@ -6,6 +6,7 @@ Letters: ``B`` batch, ``N`` query heads, ``K`` heads of the cache, ``S`` tokens 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,7 +27,8 @@ def decode_attention(
     lengths: jax.Array,
     *,
     seen: jax.Array | None = None,
-    full: FullRows | None = None,
+    hidden: jax.Array | None = None,
+    full: FullRows | Sequence[FullRows] = (),
     scale: float | None = None,
     soft_cap: float | None = None,
     window: int | None = None,
@@ -40,7 +42,9 @@ def decode_attention(
       lengths: ``int32[B]``: tokens that are there, 0 to S.
       seen: ``bool[B, S]``, or ``bool[B, K, S]``: which of those tokens are attended to; None for all. Any mask that the
         query heads of a cache's head have in common.
-      full: more rows, in full precision, under the same softmax; see `FullRows`.
+      hidden: ``int32[B, E]``: tokens of the packed rows that are not attended to, because `full` has them; -1 or S and
+        more for none.
+      full: more rows, in full precision, under the same softmax; see `FullRows`. Several are not put together first.
       scale: of the scores; None is ``H ** -0.5``.
       soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``.
       window: only the last `window` tokens of the packed rows are seen.
@@ -64,13 +68,16 @@ def decode_attention(
     if lengths.shape != (b,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(f"`lengths` is {lengths.dtype}{list(lengths.shape)}; expected int32[{b}]")
     _check_seen("seen", seen, want[:3])
-    if full is not None:
-        rows = (*want[:2], full.keys.shape[2], h)
-        if full.keys.shape != rows or full.values.shape != rows:
+    if hidden is not None and (hidden.ndim != 2 or hidden.shape[0] != b):
+        raise ValueError(f"`hidden` is {hidden.dtype}{list(hidden.shape)}; expected int32[{b}, E]")
+    full = (full,) if isinstance(full, FullRows) else tuple(full)
+    for part in full:
+        rows = (*want[:2], part.keys.shape[2], h)
+        if part.keys.shape != rows or part.values.shape != rows:
             raise ValueError(
-                f"`full` has keys {full.keys.shape} and values {full.values.shape}; expected twice {rows}"
+                f"`full` has keys {part.keys.shape} and values {part.values.shape}; expected twice {rows}"
             )
-        _check_seen("full.seen", full.seen, rows[:3])
+        _check_seen("full.seen", part.seen, rows[:3])
     if window is not None and window < 1:
         raise ValueError(f"`window` is {window}; expected at least 1 token, or None")
     if soft_cap is not None and not soft_cap > 0:
@@ -81,7 +88,7 @@ def decode_attention(
         )
     scale = 1 / math.sqrt(h) if scale is None else scale
     options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "window": window}
-    return dispatch.run(q, keys, values, lengths, seen, full, options, implementation)
+    return dispatch.run((q, keys, values, lengths, seen, hidden, full), options, implementation)
 
 
 def _check_seen(name: str, seen: jax.Array | None, shape: tuple[int, ...]) -> None:

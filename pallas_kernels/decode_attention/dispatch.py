@@ -10,23 +10,14 @@ import jax.numpy as jnp
 from .. import hopper
 from ..op import Op, one_by_one
 from . import mosaic_gpu, reference, xla
-from .rows import FullRows, Rows
+from .rows import Rows
 
 IMPLEMENTATIONS = ("mosaic_gpu", "reference", "xla")
 Result = tuple[jax.Array, jax.Array]
 
 
-def run(
-    q: jax.Array,
-    keys: Rows,
-    values: Rows,
-    lengths: jax.Array,
-    seen: jax.Array | None,
-    full: FullRows | None,
-    options: dict[str, Any],
-    name: str | None,
-) -> Result:
-    operands = (q, keys, values, lengths, seen, full)
+def run(operands: tuple[Any, ...], options: dict[str, Any], name: str | None) -> Result:
+    q, keys, values, *_ = operands
     if name == "reference":
         return reference.decode_attention(*operands, **options)
     reason = mosaic_gpu.refusal(q, keys, values)

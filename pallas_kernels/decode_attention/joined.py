@@ -1,12 +1,13 @@
 """Attention to the few rows that are kept in full, how parts of one attention are joined, and turning rows back.
 
-Written for few kernels of XLA, of which each takes longer to start than to read what these read: products are sums of
-their own instead of small matmuls, and a column of ones beside the rows sums the weights.
+The path without a kernel; `join.py` has one that does it all.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,9 @@ import jax.numpy as jnp
 from ..codecs.rows import hadamard_matrix
 from .reference import by_head
 from .rows import FullRows
+
+LOG2E = math.log2(math.e)
+NEVER = -1e30  # a score that is not seen, and the logarithm of no weight at all
 
 # Output f32[B, K, G, H] and logarithm of the denominator f32[B, K, G].
 Part = tuple[jax.Array, jax.Array]
@@ -34,6 +38,35 @@ class Sums(NamedTuple):
     out: jax.Array
 
 
+def join(
+    parts: Part,
+    q: jax.Array,
+    full: Sequence[FullRows],
+    *,
+    scale: float,
+    soft_cap: float | None,
+    rotated: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The attention that parts make together, with that to rows in full.
+
+    Args:
+      parts: outputs ``f32[B, K, P, G, H]``, and the logarithms to base 2 of their denominators ``f32[B, K, P, G]``,
+        `NEVER` where nothing was seen.
+      q: ``[B, N, H]``.
+      rotated: the outputs of parts are to be turned by the Hadamard matrix.
+
+    Returns:
+      As `decode_attention`.
+    """
+    outs, logs = parts
+    found = sums(outs, jnp.where(logs <= NEVER, -jnp.inf, logs / LOG2E))
+    if rotated:
+        found = found._replace(out=turned(found.out))
+    more = [attend(q, rows, scale=scale, soft_cap=soft_cap) for rows in full]
+    out, total = finished(found, *more)
+    return out.reshape(q.shape).astype(q.dtype), total.reshape(q.shape[:2])
+
+
 def attend(q: jax.Array, rows: FullRows, *, scale: float, soft_cap: float | None) -> Sums:
     """Attention of ``[B, N, H]`` to rows in full precision, in float32."""
     b, heads, _, h = rows.keys.shape
@@ -42,24 +75,21 @@ def attend(q: jax.Array, rows: FullRows, *, scale: float, soft_cap: float | None
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     scores = jnp.where(by_head(rows.seen)[..., None], scores, -jnp.inf)
-    values = rows.values.astype(jnp.float32)
-    values = jnp.pad(values, (*[(0, 0)] * 3, (0, 1)), constant_values=1)
-    return sums(values[:, :, :, None], scores)
+    return sums(rows.values.astype(jnp.float32)[:, :, :, None], scores)
 
 
 def sums(values: jax.Array, scores: jax.Array) -> Sums:
-    """Of rows ``f32[B, K, P, G or 1, H + 1]``, a 1 in the last place, and scores ``f32[B, K, P, G]``.
+    """Of rows ``f32[B, K, P, G or 1, H]`` and scores ``f32[B, K, P, G]``.
 
     Parts that are attentions themselves have the logarithms of their denominators for scores.
     """
     top = scores.max(2, initial=-jnp.inf)
     weights = jnp.exp(scores - jnp.where(jnp.isinf(top), 0, top)[:, :, None])
-    both = (weights[..., None] * values).sum(2)
-    return Sums(top, both[..., -1], both[..., :-1])
+    return Sums(top, weights.sum(2), (weights[..., None] * values).sum(2))
 
 
 def turned(x: jax.Array) -> jax.Array:
-    """`hadamard` of a few rows."""
+    """`hadamard` of a few rows, as a sum of products: a small matmul takes longer to start."""
     return (x[..., None, :] * hadamard_matrix(x.shape[-1])).sum(-1)
 
 

@@ -4,14 +4,14 @@ A block takes one head of the cache and a part of its tokens; its warpgroups tak
 are ``keys @ q.T`` with the keys as the register operand (`keys.py`), so a column is a query head, and the heads that
 share a cache are read for once. Weights go through shared memory, and ``values.T @ weights`` has the values as the
 register operand, transposed on the way in (`values.py`). Both multiply float16, in which tables are stored: its digits
-are more than bfloat16's, and packed rows do not need the range. Blocks give a partial output, maximum and sum, which
-XLA joins, with the attention to rows that are kept in full.
+are more than bfloat16's, and packed rows do not need the range. Blocks give a partial output and the logarithm of its
+denominator; another kernel joins them, with the attention to rows that are kept in full (`join.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,11 +25,11 @@ from ..hopper import ROWS
 from . import joined
 from . import keys as of_keys
 from . import values as of_values
+from .join import JOIN
+from .joined import LOG2E, NEVER
 from .reference import by_head
 from .rows import FullRows, Rows
 
-LOG2E = math.log2(math.e)
-NEVER = -1e30  # a score that is not seen
 LARGEST = 65504.0  # of float16
 
 
@@ -66,7 +66,8 @@ def decode_attention(
     values: Rows,
     lengths: jax.Array,
     seen: jax.Array | None = None,
-    full: FullRows | None = None,
+    hidden: jax.Array | None = None,
+    full: Sequence[FullRows] = (),
     *,
     scale: float,
     soft_cap: float | None,
@@ -85,24 +86,19 @@ def decode_attention(
     width = -(-group // 8) * 8
     x = jnp.pad(x, ((0, 0), (0, width - group), (0, 0)))
     x = k.query(jnp.clip(x, -LARGEST, LARGEST).astype(jnp.float16))
+    words = _words(seen, hidden, tokens)
     problem = _Problem(
         config or Config(), k, v, heads, tokens, group, width, soft_cap,
-        0 if seen is None else by_head(seen).shape[1], interpret,
+        0 if words is None else words.shape[1], interpret,
     )  # fmt: skip
     first, stop = _bounds(lengths, tokens, window, seen)
     bounds = jnp.stack(jnp.broadcast_arrays(first, stop), axis=-1)
     bounds = jnp.broadcast_to(bounds, (b, heads, 2)).reshape(-1, 2)
-    masks = [] if seen is None else [_words(by_head(seen))]
-    parts, logs = problem(x, bounds, masks, k.arrays(keys), v.arrays(values))
-    logs = jnp.where(logs <= NEVER, -jnp.inf, logs / LOG2E)
-    sums = joined.sums(*(t.reshape(b, heads, *t.shape[1:]) for t in (parts, logs)))
-    if getattr(values.codec, "rotate", False):
-        sums = sums._replace(out=joined.turned(sums.out))
-    more = []
-    if full is not None:
-        more.append(joined.attend(q, full, scale=scale, soft_cap=soft_cap))
-    out, total = joined.finished(sums, *more)
-    return out.reshape(b, n, h).astype(q.dtype), total.reshape(b, n)
+    masks = [] if words is None else [words.reshape(-1, words.shape[2])]
+    parts = problem(x, bounds, masks, k.arrays(keys), v.arrays(values))
+    parts = tuple(t.reshape(b, heads, *t.shape[1:]) for t in parts)
+    rotated = bool(getattr(values.codec, "rotate", False))
+    return JOIN((parts, q, tuple(full)), scale=scale, soft_cap=soft_cap, rotated=rotated)
 
 
 def _bounds(
@@ -119,11 +115,19 @@ def _bounds(
     return jnp.maximum(first, tokens - behind), jnp.minimum(stop, last)
 
 
-def _words(seen: jax.Array) -> jax.Array:
-    """``bool[B, K, S]`` as bits: ``int32[B K, S / 32]``, the first token lowest."""
-    b, k, s = seen.shape
-    bits = seen.reshape(b * k, s // 32, 32).astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)
-    return bits.sum(-1, dtype=jnp.uint32).astype(jnp.int32)
+def _words(seen: jax.Array | None, hidden: jax.Array | None, tokens: int) -> jax.Array | None:
+    """Masks as bits: ``int32[B, 1 or K, S / 32]``, the first token lowest. None for none."""
+    words = None
+    if seen is not None:
+        bits = by_head(seen).reshape(*by_head(seen).shape[:2], tokens // 32, 32).astype(jnp.uint32)
+        words = (bits << jnp.arange(32, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
+    if hidden is not None and hidden.shape[1]:
+        at = hidden[:, None].astype(jnp.uint32)  # -1 is far behind
+        word = jnp.arange(tokens // 32, dtype=jnp.uint32)[:, None]
+        bits = jnp.where(at >> 5 == word, jnp.uint32(1) << (at & 31), jnp.uint32(0))
+        there = ~jax.lax.reduce_or(bits, (2,))[:, None]
+        words = there if words is None else words & there
+    return None if words is None else jax.lax.bitcast_convert_type(words, jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,10 +179,10 @@ class _Problem:
         if self.interpret:
             scratch["staged"] = plgpu.SMEM((wg, ROWS, ROWS), f16)
         f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-        n, h = parts * wg, self.values.width  # beside a row of the result a 1, and padding
+        n, h = parts * wg, self.values.width
         kernel = plgpu.kernel(
             _Body(self, parts, len(masks)),
-            out_type=[f32(rows * n * self.group, h + 4), f32(rows * n * self.group, 1)],
+            out_type=[f32(rows * n * self.group, h), f32(rows * n * self.group, 1)],
             grid=(rows, parts),
             grid_names=("head", "part"),
             num_threads=wg,
@@ -190,8 +194,7 @@ class _Problem:
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
         )  # fmt: skip
         x, logs = kernel(q, bounds, *masks, *keys, *values)
-        x = x.reshape(rows, n, self.group, -1)[..., : h + 1]
-        return x, logs.reshape(rows, n, self.group)
+        return x.reshape(rows, n, self.group, h), logs.reshape(rows, n, self.group)
 
 
 class _Body:
@@ -294,7 +297,5 @@ class _Body:
                 out, x * share, row * p.group, jnp.int32(64 * j),
                 row * p.group + p.group, interpret, paired=True, rows=p.group,
             )  # fmt: skip
-        at, one = row * p.group, jnp.int32(v.width)
-        hopper.store_first(out, constant(1.0), at, one, p.group, interpret)
         found = jnp.where(total == 0, NEVER, top + jnp.log2(jnp.where(total == 0, 1.0, total)))
         hopper.store_first(logs, found, row * p.group, jnp.int32(0), p.group, interpret)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -9,13 +11,21 @@ from .rows import FullRows, Rows
 
 
 def visible(
-    tokens: int, lengths: jax.Array, window: int | None, seen: jax.Array | None
+    tokens: int,
+    lengths: jax.Array,
+    window: int | None,
+    seen: jax.Array | None,
+    hidden: jax.Array | None,
 ) -> jax.Array:
     """Which tokens are attended to: ``bool[B, 1 or K, S]``."""
     at, end = jnp.arange(tokens), lengths[:, None]
     mask = at < end
-    mask = (mask if window is None else mask & (at >= end - window))[:, None]
-    return mask if seen is None else mask & by_head(seen)
+    if window is not None:
+        mask &= at >= end - window
+    if hidden is not None:
+        place = jnp.where(hidden < 0, tokens, hidden)
+        mask = jax.vmap(lambda m, p: m.at[p].set(False, mode="drop"))(mask, place)
+    return mask[:, None] if seen is None else mask[:, None] & by_head(seen)
 
 
 def by_head(seen: jax.Array) -> jax.Array:
@@ -29,7 +39,8 @@ def decode_attention(
     values: Rows,
     lengths: jax.Array,
     seen: jax.Array | None,
-    full: FullRows | None,
+    hidden: jax.Array | None,
+    full: Sequence[FullRows],
     *,
     scale: float,
     soft_cap: float | None,
@@ -38,12 +49,12 @@ def decode_attention(
     b, n, h = q.shape
     x = q.astype(jnp.float32).reshape(b, keys.heads, -1, h)
     k, v = keys.decode(), values.decode()
-    mask = visible(keys.tokens, lengths, window, seen)
-    if full is not None:
-        k, v = (jnp.concatenate([a, y], axis=2) for a, y in ((k, full.keys), (v, full.values)))
-        mask = jnp.broadcast_to(mask, (b, keys.heads, keys.tokens))
-        more = jnp.broadcast_to(by_head(full.seen), (b, keys.heads, full.seen.shape[-1]))
-        mask = jnp.concatenate([mask, more], axis=2)
+    mask = visible(keys.tokens, lengths, window, seen, hidden)
+    for part in full:
+        k, v = (jnp.concatenate([a, y], axis=2) for a, y in ((k, part.keys), (v, part.values)))
+        lead = (b, keys.heads)
+        both = (jnp.broadcast_to(m, (*lead, m.shape[2])) for m in (mask, by_head(part.seen)))
+        mask = jnp.concatenate(list(both), axis=2)
     with jax.default_matmul_precision("highest"):
         scores = scale * jnp.einsum("bkgh,bksh->bkgs", x, k)
         if soft_cap is not None:

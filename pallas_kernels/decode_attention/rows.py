@@ -57,7 +57,7 @@ class Rows:
 
 
 class FullRows(NamedTuple):
-    """Rows that are attended to as they are: sinks, the newest tokens, the new one.
+    """Rows that are attended to as they are: sinks, or the newest tokens, or the new one.
 
     Attributes:
       keys, values: ``[B, K, E, H]``, float.

@@ -1,10 +1,12 @@
 """The path that works everywhere: a block of tokens is decoded and attended to, then the next.
 
 The running maximum and sum are those of an online softmax (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867).
-Blocks beyond the longest row are not looked at.
+Blocks beyond the last token that is seen are not looked at.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,8 @@ def decode_attention(
     values: Rows,
     lengths: jax.Array,
     seen: jax.Array | None,
-    full: FullRows | None,
+    hidden: jax.Array | None,
+    full: Sequence[FullRows],
     *,
     scale: float,
     soft_cap: float | None,
@@ -34,7 +37,7 @@ def decode_attention(
     heads, tokens = keys.heads, keys.tokens
     block = _block(keys, values)
     x = q.astype(jnp.float32).reshape(b, heads, -1, h) * scale
-    mask = visible(tokens, lengths, window, seen)
+    mask = visible(tokens, lengths, window, seen, hidden)
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, out = carry
@@ -53,12 +56,10 @@ def decode_attention(
 
     shape = (b, heads, n // heads)
     start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, h)))
-    used = (jnp.max(lengths) + block - 1) // block
-    top, total, out = lax.fori_loop(0, used, step, start)
-    parts = [Sums(top, total, out)]
-    if full is not None:
-        parts.append(attend(q, full, scale=scale, soft_cap=soft_cap))
-    out, total = finished(*parts)
+    last = jnp.where(mask, jnp.arange(1, tokens + 1, dtype=jnp.int32), 0).max()
+    top, total, out = lax.fori_loop(0, (last + block - 1) // block, step, start)
+    more = [attend(q, part, scale=scale, soft_cap=soft_cap) for part in full]
+    out, total = finished(Sums(top, total, out), *more)
     return out.reshape(b, n, h).astype(q.dtype), total.reshape(b, n)
 
 

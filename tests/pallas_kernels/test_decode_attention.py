@@ -40,15 +40,19 @@ def operands(key, value, b=2, n=4, k=2, s=128, h=64, dtype="float32"):
 
 
 def masked_rows(b=2, k=2, s=128, h=64, rows=5, heads=True):
-    """Which tokens are seen, and rows in full."""
+    """Which tokens are seen, some that are hidden, and rows in full."""
     rng = np.random.default_rng(1)
     lead = (b, k) if heads else (b,)
     flags = lambda n: jnp.asarray(rng.random((*lead, n)) < 0.6)
-    x = lambda: jnp.asarray(rng.standard_normal((b, k, rows, h)), jnp.float32)
-    return {"seen": flags(s), "full": FullRows(x(), x(), flags(rows))}
+    x = lambda n: jnp.asarray(rng.standard_normal((b, k, n, h)), jnp.float32)
+    full = tuple(FullRows(x(n), x(n), flags(n)) for n in (rows, 1))
+    hidden = jnp.asarray(rng.integers(-1, s + 2, (b, 9)), jnp.int32)
+    return {"seen": flags(s), "hidden": hidden, "full": full}
 
 
-def plain(q, keys, values, lengths, scale=None, soft_cap=None, window=None, seen=None, full=None):
+def plain(
+    q, keys, values, lengths, scale=None, soft_cap=None, window=None, seen=None, hidden=None, full=()
+):
     """In numpy, head by head and row by row."""
     q, k, v = (
         np.asarray(x, np.float64)
@@ -58,18 +62,17 @@ def plain(q, keys, values, lengths, scale=None, soft_cap=None, window=None, seen
     for b, n in np.ndindex(*q.shape[:2]):
         head, stop = n // (q.shape[1] // keys.heads), int(lengths[b])
         start = 0 if window is None else max(0, stop - window)
-        if not stop and full is None:
+        if not stop and not full:
             continue
         rows, more = k[b, head, start:stop], v[b, head, start:stop]
         if seen is not None:
-            kept = np.broadcast_to(
-                seen[b] if seen.ndim == 3 else seen[b][None], (keys.heads, seen.shape[-1])
-            )
-            rows, more = (x[kept[head, start:stop]] for x in (rows, more))
-        if full is not None:
-            kept = full.seen[b, head] if full.seen.ndim == 3 else full.seen[b]
-            rows = np.concatenate([rows, full.keys[b, head][kept]])
-            more = np.concatenate([more, full.values[b, head][kept]])
+            kept = np.array(seen[b, head] if seen.ndim == 3 else seen[b])
+            kept[[i for i in np.asarray(hidden[b]) if 0 <= i < len(kept)]] = False
+            rows, more = (x[kept[start:stop]] for x in (rows, more))
+        for part in full:
+            kept = part.seen[b, head] if part.seen.ndim == 3 else part.seen[b]
+            rows = np.concatenate([rows, part.keys[b, head][kept]])
+            more = np.concatenate([more, part.values[b, head][kept]])
         x = rows @ q[b, n] * (q.shape[-1] ** -0.5 if scale is None else scale)
         x = soft_cap * np.tanh(x / soft_cap) if soft_cap else x
         total[b, n] = np.logaddexp.reduce(x)
@@ -111,7 +114,7 @@ def test_holes_and_rows_in_full(heads, implementation, monkeypatch):
     lengths = jnp.array([0, 100])
     run = functools.partial(decode_attention, implementation=implementation)
     got = jax.jit(lambda options: run(*args, lengths, **options, window=70, soft_cap=5.0))(
-        {name: options[name] for name in ("seen", "full")}
+        {name: options[name] for name in ("seen", "hidden", "full")}
     )
     close(got, plain(*args, lengths, **options), 1e-5)
 

@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from stowax.pallas_kernels.append import write_tokens
+
 from . import direct
 from .merge import Merge
 from .method import Method
@@ -156,7 +158,7 @@ def _stream(
             "apart": jax.tree.map(both, layer["apart"][i], codec.encode(rows)),
         }
 
-    main = direct.write_tokens(codec, a["main"][i], direction, at, "any")
+    main = write_tokens(codec, a["main"][i], direction, at, "any")
     shared = {"main": main, "apart_at": places, "apart_score": score}
     return shared, own(a, x), own(b, y)
 

@@ -9,12 +9,14 @@ of an unfinished block are all in the residual, so that no row is ever read that
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from stowax.pallas_kernels import Kept, Rows, append
+from stowax.pallas_kernels.append import write_recent, write_rows, write_sinks
 
 from .method import Method
 from .spec import Group
@@ -113,36 +115,72 @@ def absorb(
     queries: Any = None,
 ) -> Arrays:
     """The buffers after new rows."""
+    if appended(method, how):
+        return _absorb_otherwise(method, group, arrays, new, at, how, queries)
+    one = lambda x: jax.tree.map(lambda y: y[None], x)  # a batch of one
+    streams = [
+        Kept(*map(one, (Rows(parts, method.codec(s.role, s.dtype), s.width), sinks, recent)))
+        for s, parts, sinks, recent in zip(
+            group.streams, *(arrays[name] for name in ("main", "sinks", "recent"))
+        )
+    ]
+    after = append(
+        streams,
+        *map(one, (list(new), at, arrays["recent_at"], arrays["count"])),
+        length=group.length,
+        how="run" if how == "run" else "any",
+    )
+    streams, labels, count = jax.tree.map(lambda x: x[0], after)
+    names = ("main", "sinks", "recent")
+    kept = dict(zip(names, zip(*((s.rows.parts, s.sinks, s.recent) for s in streams))))
+    return arrays | {n: list(kept[n]) for n in names} | {"recent_at": labels, "count": count}
+
+
+def appended(method: Method, how: str = "run") -> str:
+    """Why new rows are not for `append`; "" where they are."""
+    if method.channels < 1:
+        return "channels are dropped"
+    return "the program shifts this cache" if how == "roll" else ""
+
+
+def _absorb_otherwise(
+    method: Method, group: Group, arrays: Arrays, new: Sequence[jax.Array], at: jax.Array, how: str, queries: Any
+) -> Arrays:  # fmt: skip
+    """Where channels are dropped, or the cache moves."""
     out = dict(arrays, main=[])
     if "channels" in arrays:
         out["channels"] = _channels(arrays, new, queries)
     for i, s in enumerate(group.streams):
-        codec, old = method.codec(s.role, s.dtype), arrays["main"][i]
+        codec = method.codec(s.role, s.dtype)
         take = lambda x: x
         if method.width(s.role, s.width) < s.width:
             take = lambda x: _take(x, out["channels"])
-        if codec.block == 1:
-            out["main"].append(write_tokens(codec, old, take(new[i]), at, how))
-            continue
-        if how == "roll":
+        if how == "roll" and codec.block > 1:
             raise ValueError(
                 f"{group.name}: the program shifts this cache as it grows, which {codec.name} can't follow, because it "
                 "encodes tokens together: use a codec per token, such as `per_token('int4-g32')`"
             )
         beside = take(arrays["sinks"][i]), take(arrays["recent"][i]), arrays["recent_at"]
-        window = functools.partial(_window, codec, old, beside, group.length)
-        out["main"].append(_write_blocks(codec, old, window, take(new[i]), at, how))
+        out["main"].append(
+            write_rows(codec, arrays["main"][i], beside, group.length, take(new[i]), at, how)
+        )
     return out | sinks(arrays, new, at, how) | recent(arrays, new, at, how)
 
 
 def sinks(arrays: Arrays, new: Sequence[jax.Array], at: jax.Array, how: str) -> Arrays:
     """The first rows after new ones."""
-    count = arrays["sinks"][0].shape[1]
-    if not count:
-        return {"sinks": arrays["sinks"]}
-    if how == "roll":
+    if how == "roll" and arrays["sinks"][0].shape[1]:
         raise ValueError("`sinks` of a cache that the program shifts: use a recipe without `sinks`")
-    return {"sinks": [x.at[:, at].set(y, mode="drop") for x, y in zip(arrays["sinks"], new)]}
+    return {"sinks": write_sinks(arrays["sinks"], new, at)}
+
+
+def recent(arrays: Arrays, new: Sequence[jax.Array], at: jax.Array, how: str) -> Arrays:
+    """The newest rows: a ring in the order in which they came."""
+    labels, total = arrays["recent_at"], new[0].shape[1]
+    if how == "roll":
+        labels = jnp.where(labels < total, -1, labels - total)
+    rows, labels, count = write_recent(arrays["recent"], labels, arrays["count"], new, at)
+    return {"recent": rows, "recent_at": labels, "count": count}
 
 
 def _channels(arrays: Arrays, new: Sequence[jax.Array], queries: jax.Array) -> jax.Array:
@@ -165,81 +203,3 @@ def _spread(x: jax.Array, channels: jax.Array, width: int) -> jax.Array:
     """Rows with zeros in the channels that were dropped."""
     hot = (channels[..., None] == jnp.arange(width)).astype(x.dtype)
     return jnp.einsum("ksc,kcd->ksd", x, hot)
-
-
-def write_tokens(codec: Any, parts: Any, new: Any, at: Any, how: str) -> Any:
-    codes = codec.encode(new.astype(jnp.float32))
-
-    def write(old: jax.Array, part: jax.Array) -> jax.Array:
-        if how == "roll":
-            return jnp.concatenate([old[:, part.shape[1] :], part], axis=1)
-        if how == "run":
-            return jax.lax.dynamic_update_slice(old, part, (0, at[0], *(0,) * (old.ndim - 2)))
-        return old.at[:, at].set(part, mode="drop")
-
-    return jax.tree.map(write, parts, codes)
-
-
-def _write_blocks(codec: Any, parts: Any, window: Any, new: Any, at: Any, how: str) -> Any:
-    """Encodes the blocks that have new rows again; `window` gives the rows of some."""
-    n = codec.block
-    blocks = jax.tree.leaves(parts)[0].shape[1]
-
-    def write(rows: jax.Array, first: jax.Array, parts: Any) -> Any:
-        codes = codec.encode(rows.astype(jnp.float32))
-        put = lambda old, c: jax.lax.dynamic_update_slice_in_dim(old, c, first, axis=1)
-        return jax.tree.map(put, parts, codes)
-
-    if how == "run":
-        count = min((new.shape[1] + n - 2) // n + 1, blocks)
-        first = jnp.minimum(at[0] // n, blocks - count)
-        rows = window(first, count, new.dtype)
-        rows = jax.lax.dynamic_update_slice_in_dim(rows, new, at[0] - first * n, axis=1)
-        return write(rows, first, parts)
-
-    def one(t: Any, parts: Any) -> Any:
-        first = jnp.clip(at[t] // n, 0, blocks - 1)
-        place = at - first * n
-        place = jnp.where(place < 0, n, place)  # a negative index would count from the end
-        rows = window(first, 1, new.dtype).at[:, place].set(new, mode="drop")
-        return write(rows, first, parts)
-
-    return jax.lax.fori_loop(0, new.shape[1], one, parts)
-
-
-def _window(
-    codec: Any, parts: Any, beside: Any, length: int, first: jax.Array, count: int, dtype: Any
-) -> jax.Array:
-    """The rows ``[K, count * block, D]`` of some blocks, sinks and recent ones in their places.
-
-    Args:
-      beside: sinks ``[K, n, D]``, recent rows ``[K, R, D]``, and their positions ``int32[R]``.
-    """
-    sinks, recent, labels = beside
-    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, count, axis=1)
-    rows = codec.decode(jax.tree.map(cut, parts), recent.shape[-1]).astype(dtype)
-    at = first * codec.block + jnp.arange(count * codec.block, dtype=jnp.int32)
-    choose = lambda flag, x, y: jnp.where(flag[None, :, None], x, y)
-    rows = choose(at < length, rows, 0)
-    if sinks.shape[1]:
-        rows = choose(at < sinks.shape[1], jnp.take(sinks, at, axis=1, mode="clip"), rows)
-    if labels.size:
-        same = at[:, None] == labels[None]
-        rows = choose(same.any(1), jnp.take(recent, same.argmax(1), axis=1), rows)
-    return rows
-
-
-def recent(arrays: Arrays, new: Sequence[jax.Array], at: jax.Array, how: str) -> Arrays:
-    """The newest rows: a ring in the order in which they came."""
-    labels, total = arrays["recent_at"], new[0].shape[1]
-    size = labels.shape[0]
-    if not size:
-        return {"recent": arrays["recent"], "recent_at": labels, "count": arrays["count"] + total}
-    if how == "roll":
-        labels = jnp.where(labels < total, -1, labels - total)
-    labels = jnp.where(jnp.any(labels[:, None] == at[None], axis=1), -1, labels)
-    n = min(total, size)
-    slot = (arrays["count"] + total - n + jnp.arange(n, dtype=jnp.int32)) % size
-    rows = [x.at[:, slot].set(y[:, total - n :]) for x, y in zip(arrays["recent"], new)]
-    labels = labels.at[slot].set(at[total - n :])
-    return {"recent": rows, "recent_at": labels, "count": arrays["count"] + total}

@@ -87,18 +87,21 @@ def attend(
     keys, values = (_packed(method, group, arrays, i) for i in (key, value))
     kept = _Kept(method, group, arrays, new)
     mask = functools.partial(_mask, run, found, softmax, group)
-    seen = mask(None) & ~kept.covered[:, None]
-    seen = jnp.pad(seen, ((0, 0), (0, 0), (0, keys.tokens - group.length)))
-    last = jnp.where(seen, jnp.arange(1, keys.tokens + 1, dtype=jnp.int32), 0).max((1, 2))
-    there = mask(kept.at) & kept.there[:, None]
+    seen = jnp.pad(mask(None), ((0, 0), (0, 0), (0, keys.tokens - group.length)))
+    there = _squeezed(mask(kept.at) & kept.there[:, None])
     q, atoms = _queries(run, softmax)
     out, _ = decode_attention(
         q.reshape(group.batch, -1, keys.width) * _product(softmax.scale, jax.Array).astype(q.dtype),
         keys,
         values,
-        last,
+        jnp.full(group.batch, group.length, jnp.int32),
         seen=_squeezed(seen),
-        full=FullRows(kept.rows[key], kept.rows[value], _squeezed(there)),
+        hidden=kept.at,
+        full=[
+            FullRows(rows[key], rows[value], flags)
+            for rows, flags in zip(kept.rows, jnp.split(there, kept.ends, axis=-1))
+            if flags.shape[-1]
+        ],
         scale=_product(softmax.scale, float),
         soft_cap=softmax.soft_cap,
     )
@@ -120,10 +123,10 @@ class _Kept:
     """The rows in full: sinks, recent ones, the new one.
 
     Attributes:
-      rows: for each stream ``[B, K, E, D]``.
-      at: their positions, ``int32[B, E]``.
+      rows: for each of the three, for each stream, ``[B, K, e, D]``.
+      at: positions of all, ``int32[B, E]``; -1 for none.
       there: whether each is the one that counts for its position, ``bool[B, E]``.
-      covered: the positions that they are, ``bool[B, S]``.
+      ends: where the recent ones begin and end.
     """
 
     def __init__(self, method: Method, group: Group, arrays: Any, new: Incoming):
@@ -133,21 +136,14 @@ class _Kept:
         count = arrays["sinks"][0].shape[2]
         sinks = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (b, count))
         same = lambda x, y: (x[:, :, None] == y[:, None]).any(-1)
-        newer = recent >= 0
+        newer = (recent >= 0) & (recent < s)
         if recent.size:
             newer &= recent != at
         parts = [~(same(sinks, recent) | (sinks == at)), newer, at < s]
-        self.rows = [
-            jnp.concatenate(x, axis=2) for x in zip(arrays["sinks"], arrays["recent"], new.rows)
-        ]
+        self.rows = [arrays["sinks"], arrays["recent"], new.rows]
         self.at = jnp.concatenate([sinks, recent, at], axis=1)
         self.there = jnp.concatenate(parts, axis=1)
-        tokens = jnp.arange(s, dtype=jnp.int32)
-        covered = (tokens < count) | (tokens == at)
-        if recent.size:
-            place = jnp.where(recent < 0, s, recent)
-            covered = jax.vmap(lambda c, p: c.at[p].set(True, mode="drop"))(covered, place)
-        self.covered = covered
+        self.ends = [count, count + recent.shape[1]]
 
 
 def _mask(

@@ -1,0 +1,173 @@
+"""Plain jax functions inside a kernel: a function is traced, and its operations are replayed on the kernel's values.
+
+Triton has no rounding, padding, slices of arrays, nor concatenation of more than two numbers; those become arithmetic.
+Arrays that a function holds become operands of the kernel. Every array must have a power of two of elements along each
+axis.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Literal
+
+LARGEST = 2**16  # elements of an array, in registers of a program
+
+# What Triton lowers itself.
+PLAIN = {
+    "abs", "add", "and", "argmax", "argmin", "bitcast_convert_type", "broadcast_in_dim", "clamp",
+    "convert_element_type", "copy", "div", "eq", "exp", "exp2", "ge", "gt", "integer_pow", "iota",
+    "is_finite", "le", "log", "log2", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "reduce_max",
+    "reduce_min", "reduce_sum", "rem", "reshape", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic",
+    "shift_right_logical", "sign", "split", "sqrt", "square", "squeeze", "stop_gradient", "sub", "transpose",
+    "xor",
+}  # fmt: skip
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+}
+
+
+class Traced:
+    """A function for arguments of given shapes.
+
+    Attributes:
+      constants: the arrays that it holds, to be handed to `__call__` as values.
+      refusal: why it can't be replayed in a kernel; "" where it can.
+    """
+
+    def __init__(self, function: Callable[..., Any], *shapes: Any):
+        closed, out = jax.make_jaxpr(function, return_shape=True)(*shapes)
+        self.jaxpr, self.own = closed.jaxpr, closed.consts
+        self.tree = jax.tree.structure(out)
+        found: dict[int, Any] = {}
+        for x in _constants(closed.jaxpr, closed.consts):
+            found.setdefault(id(x), x)
+        self.constants = list(found.values())
+        self.refusal = _refusal(closed.jaxpr)
+
+    def __call__(self, constants: Sequence[Any], *args: Any) -> Any:
+        """The result on a kernel's values; `constants` are those of `self.constants`."""
+        known = {id(x): y for x, y in zip(self.constants, constants, strict=True)}
+        out = _replay(self.jaxpr, self.own, jax.tree.leaves(args), known)
+        return jax.tree.unflatten(self.tree, out)
+
+
+def _inner(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
+    name = CALLS.get(eqn.primitive.name)
+    if name is None:
+        return None
+    closed = eqn.params[name]
+    return closed.jaxpr, closed.consts
+
+
+def _constants(jaxpr: Any, consts: Sequence[Any]) -> list[Any]:
+    found = [x for x in consts if np.ndim(x)]
+    for eqn in jaxpr.eqns:
+        found += [v.val for v in eqn.invars if isinstance(v, Literal) and np.ndim(v.val)]
+        if inner := _inner(eqn):
+            found += _constants(*inner)
+    return found
+
+
+def _refusal(jaxpr: Any) -> str:
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if inner := _inner(eqn):
+            if reason := _refusal(inner[0]):
+                return reason
+            continue
+        if name not in PLAIN and name not in RULES:
+            return f"no `{name}` in a kernel"
+        for v in (*eqn.invars, *eqn.outvars):
+            if any(n & (n - 1) or not n for n in v.aval.shape):
+                return f"an array of {list(v.aval.shape)}: its axes are no powers of two"
+            if math.prod(v.aval.shape) > LARGEST:
+                return f"an array of {list(v.aval.shape)} is too large for a program"
+        if name in RULES and not _fits(eqn):
+            return f"no `{name}` of this form in a kernel"
+    return ""
+
+
+def _fits(eqn: Any) -> bool:
+    p, shapes = eqn.params, [v.aval.shape for v in eqn.invars]
+    match eqn.primitive.name:
+        case "round":
+            return p["rounding_method"] is lax.RoundingMethod.TO_NEAREST_EVEN
+        case "pad":
+            return not any(any(c) for c in p["padding_config"])
+        case "concatenate":
+            return p["dimension"] == len(shapes[0]) - 1 and len(set(shapes)) == 1
+        case "dot_general":
+            (left, right), batch = p["dimension_numbers"]
+            one_row = math.prod(shapes[0]) == shapes[0][-1]
+            last = tuple(left) == (len(shapes[0]) - 1,) and tuple(right) == (0,)
+            return batch == ((), ()) and len(shapes[1]) == 2 and last and one_row
+    return True
+
+
+def _replay(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], known: Any) -> list[Any]:
+    env: dict[Any, Any] = {}
+    given = lambda x: known.get(id(x), x)
+    read = lambda v: given(v.val) if isinstance(v, Literal) else env[v]
+    env.update(zip(jaxpr.constvars, map(given, consts)))
+    env.update(zip(jaxpr.invars, args))
+    for eqn in jaxpr.eqns:
+        values = [read(v) for v in eqn.invars]
+        if inner := _inner(eqn):
+            out = _replay(*inner, values, known)
+        elif rule := RULES.get(eqn.primitive.name):
+            out = [rule(eqn, *values)]
+        else:
+            out = eqn.primitive.bind(*values, **eqn.params)
+            out = out if eqn.primitive.multiple_results else [out]
+        env.update(zip(eqn.outvars, out))
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _round(eqn: Any, x: jax.Array) -> jax.Array:
+    """To the nearest integer, ties to even: adding a number whose last digit is 1 rounds."""
+    shift = jnp.where(x < 0, -1.0, 1.0) * jnp.float32(2**23)
+    return jnp.where(jnp.abs(x) < 2**23, (x + shift) - shift, x)
+
+
+def _concatenate(eqn: Any, *pieces: jax.Array) -> jax.Array:
+    """Equal pieces of the last axis."""
+    shape = (*pieces[0].shape[:-1], len(pieces), pieces[0].shape[-1])
+    place = lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)
+    spread = [
+        jnp.where(place == i, jnp.broadcast_to(x[..., None, :], shape), jnp.zeros((), x.dtype))
+        for i, x in enumerate(pieces)
+    ]
+    return functools.reduce(operator.or_ if _is_int(pieces[0]) else operator.add, spread).reshape(
+        eqn.outvars[0].aval.shape
+    )
+
+
+def _is_int(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def _dot(eqn: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Of one row."""
+    aval = eqn.outvars[0].aval
+    both = x.reshape(-1, 1).astype(jnp.float32) * y.astype(jnp.float32)
+    return both.sum(0).astype(aval.dtype).reshape(aval.shape)
+
+
+RULES: dict[str, Callable[..., jax.Array]] = {
+    "round": _round,
+    "pad": lambda eqn, x, _: x,
+    "concatenate": _concatenate,
+    "dot_general": _dot,
+}
