@@ -68,8 +68,8 @@ class LloydMax(GroupCodec):
         mean = groups.sum(-1, keepdims=True) / count
         scale = jnp.sqrt((there * (groups - mean) ** 2).sum(-1, keepdims=True) / count)
         params = self._rounded(scale, mean)
-        for _ in range(ROUNDS):
-            params = self._refit(groups, there, count, params)
+        refit = lambda _, params: self._refit(groups, there, count, params)
+        params = jax.lax.fori_loop(0, ROUNDS, refit, params, unroll=True)  # a kernel rolls it again
         return params | {"scale": round_scale(params["scale"] * shrink, self.scale_dtype)}
 
     def codes(self, x: jax.Array, params: Params) -> jax.Array:

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import hopper
+from .. import hopper, triton
 from ..op import Op, one_by_one
-from . import mosaic_gpu, reference, xla
+from . import join, mosaic_gpu, reference, xla
 from .rows import Rows
 
 IMPLEMENTATIONS = ("mosaic_gpu", "reference", "xla")
@@ -41,7 +41,11 @@ def attention_kernel(q: Any, keys: Rows, values: Rows) -> str:
     )
     if reason:
         return f"xla: decode + attend, block by block ({reason})"
-    return "mosaic_gpu: fused" + (", q in float16" if q.dtype == jnp.float32 else "")
+    joined = join.refusal(q) or triton.refusal()
+    notes = ["q in float16"] * (q.dtype == jnp.float32) + [f"joined by xla ({joined})"] * bool(
+        joined
+    )
+    return ", ".join(["mosaic_gpu: fused", *notes])
 
 
 def _by_xla(operands: Any, **options: Any) -> Result:

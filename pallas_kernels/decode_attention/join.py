@@ -80,53 +80,74 @@ def _body(scale: float, soft_cap: float | None, rotated: bool, has_full: bool, *
     head = k * pl.num_programs(2) + g
     h = q.shape[-1]
     lane = lax.broadcasted_iota(jnp.int32, (1, h), 1)
-    zero = jnp.float32(NEVER), jnp.float32(0), jnp.zeros(h, jnp.float32)
+    signs = rest.pop(0) if rotated else None
 
-    def part(carry: Carry, at: jax.Array, there: jax.Array) -> Carry:
+    def part(at: jax.Array, there: jax.Array) -> tuple[Any, ...]:
         scores = jnp.where(there, logs[b, k, at, g], NEVER)
-        return _add(carry, scores, outs[b, k, at[:, None], g, lane])
+        return scores, outs[b, k, at[:, None], g, lane]
 
-    top, sum_, acc = _over(outs.shape[2], h, part, zero)
-    if rotated:
-        signs, *rest = rest
-        acc = (acc[:, None] * signs[...].astype(jnp.float32)).sum(0) / math.sqrt(h & -h)
-    carry = top, sum_, acc
+    def scores(keys: jax.Array, seen: jax.Array) -> jax.Array:
+        x = (keys.astype(jnp.float32) * (q[b, head, :].astype(jnp.float32) * scale)[None]).sum(1)
+        x = soft_cap * jnp.tanh(x / soft_cap) if soft_cap is not None else x
+        return jnp.where(seen, x * LOG2E, NEVER)
+
+    tiles = [_Tiles(outs.shape[2], h, part, lambda score, values: (score, values))]
     if has_full:
         seen, *pieces = rest
         of = k if seen.shape[1] > 1 else 0
-        x = q[b, head, :].astype(jnp.float32) * scale
         start = 0
         for keys, values in zip(pieces[::2], pieces[1::2]):
 
-            def rows(
-                carry: Carry, at: jax.Array, there: jax.Array, keys=keys, values=values, start=start
-            ) -> Carry:
-                get = lambda ref: ref[b, k, at[:, None], lane].astype(jnp.float32)
-                scores = (get(keys) * x[None]).sum(1)
-                if soft_cap is not None:
-                    scores = soft_cap * jnp.tanh(scores / soft_cap)
-                there &= seen[b, of, start + at] != 0
-                return _add(carry, jnp.where(there, scores * LOG2E, NEVER), get(values))
+            def row(at: jax.Array, there: jax.Array, keys=keys, values=values, start=start) -> Any:
+                flags = there & (seen[b, of, start + at] != 0)
+                return keys[b, k, at[:, None], lane], flags, values[b, k, at[:, None], lane]
 
-            carry = _over(keys.shape[2], h, rows, carry)
+            use = lambda keys, flags, values: (scores(keys, flags), values.astype(jnp.float32))
+            tiles.append(_Tiles(keys.shape[2], h, row, use))
             start += keys.shape[2]
+    for t in tiles:
+        t.prefetch()
+    turn = None if signs is None else signs[...]
+    top, sum_, acc = tiles[0].add((jnp.float32(NEVER), jnp.float32(0), jnp.zeros(h, jnp.float32)))
+    if turn is not None:
+        acc = (acc[:, None] * turn.astype(jnp.float32)).sum(0) / math.sqrt(h & -h)
+    carry = top, sum_, acc
+    for t in tiles[1:]:
+        carry = t.add(carry)
     top, sum_, acc = carry
     out[b, head, :] = (acc / jnp.where(sum_ == 0, 1.0, sum_)).astype(out.dtype)
     log = top / LOG2E + jnp.log(jnp.where(sum_ == 0, 1.0, sum_))
     total[b, head] = jnp.where(sum_ == 0, -jnp.inf, log)
 
 
-def _over(count: int, h: int, step: Callable[..., Carry], carry: Carry) -> Carry:
-    """`step` over rows, some at a time: their numbers, and whether they are there."""
-    size = min(pl.next_power_of_2(count), max(1, TILE // h))
+class _Tiles:
+    """Rows that are added to the sums, as many at a time as there are registers for.
 
-    def some(i: Any, carry: Carry) -> Carry:
-        at = i * size + lax.broadcasted_iota(jnp.int32, (size,), 0)
-        return step(carry, jnp.minimum(at, count - 1), at < count)
+    Args:
+      count: of rows.
+      load: what rows are made of, by their numbers and whether they are there.
+      use: scores ``f32[E]`` to base 2 and values ``f32[E, H]``, of what was loaded.
+    """
 
-    if count <= size:
-        return some(0, carry)
-    return lax.fori_loop(0, -(-count // size), some, carry)
+    def __init__(self, count: int, h: int, load: Callable[..., Any], use: Callable[..., Any]):
+        self.count, self.load, self.use = count, load, use
+        self.size = min(pl.next_power_of_2(count), max(1, TILE // h))
+        self.first: Any = None
+
+    def some(self, i: Any) -> Any:
+        at = i * self.size + lax.broadcasted_iota(jnp.int32, (self.size,), 0)
+        return self.load(jnp.minimum(at, self.count - 1), at < self.count)
+
+    def prefetch(self) -> None:
+        """Loads them before any are used, where one tile holds all: a program waits once for all its rows."""
+        if self.count <= self.size:
+            self.first = self.some(0)
+
+    def add(self, carry: Carry) -> Carry:
+        if self.first is not None:
+            return _add(carry, *self.use(*self.first))
+        step = lambda i, carry: _add(carry, *self.use(*self.some(i)))
+        return lax.fori_loop(0, -(-self.count // self.size), step, carry)
 
 
 def _add(carry: Carry, scores: jax.Array, values: jax.Array) -> Carry:

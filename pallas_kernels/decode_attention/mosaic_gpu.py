@@ -116,17 +116,21 @@ def _bounds(
 
 
 def _words(seen: jax.Array | None, hidden: jax.Array | None, tokens: int) -> jax.Array | None:
-    """Masks as bits: ``int32[B, 1 or K, S / 32]``, the first token lowest. None for none."""
+    """Masks as bits: ``int32[B, 1 or K, S / 32]``, the first token lowest. None for none.
+
+    Those of `seen` are made apart: XLA makes them once for all layers that have them in common.
+    """
     words = None
     if seen is not None:
         bits = by_head(seen).reshape(*by_head(seen).shape[:2], tokens // 32, 32).astype(jnp.uint32)
         words = (bits << jnp.arange(32, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
     if hidden is not None and hidden.shape[1]:
-        at = hidden[:, None].astype(jnp.uint32)  # -1 is far behind
+        at = hidden[:, None, None].astype(jnp.uint32)  # [B, 1, 1, E]; -1 is far behind
         word = jnp.arange(tokens // 32, dtype=jnp.uint32)[:, None]
         bits = jnp.where(at >> 5 == word, jnp.uint32(1) << (at & 31), jnp.uint32(0))
-        there = ~jax.lax.reduce_or(bits, (2,))[:, None]
-        words = there if words is None else words & there
+        if words is not None:
+            bits = bits | ~words[..., None]
+        words = ~jax.lax.reduce_or(bits, (3,))
     return None if words is None else jax.lax.bitcast_convert_type(words, jnp.int32)
 
 

@@ -35,6 +35,7 @@ CALLS = {
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
     "custom_jvp_call": "call_jaxpr",
+    "scan": "jaxpr",
 }
 
 
@@ -64,11 +65,19 @@ class Traced:
 
 
 def _inner(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
+    """The program of an equation that has one."""
     name = CALLS.get(eqn.primitive.name)
     if name is None:
         return None
-    closed = eqn.params[name]
-    return closed.jaxpr, closed.consts
+    program = eqn.params[name]
+    return getattr(program, "jaxpr", program), getattr(program, "consts", ())
+
+
+def _loop(inner: tuple[Any, Sequence[Any]], eqn: Any, values: list[Any], known: Any) -> list[Any]:
+    """A loop stays one, also where it is to be unrolled: a kernel's code is read from memory at each launch."""
+    fixed = len(values) - len(eqn.outvars)
+    step = lambda _, carry: _replay(*inner, [*values[:fixed], *carry], known)
+    return jax.lax.fori_loop(0, eqn.params["length"], step, values[fixed:])
 
 
 def _constants(jaxpr: Any, consts: Sequence[Any]) -> list[Any]:
@@ -84,6 +93,8 @@ def _refusal(jaxpr: Any) -> str:
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if inner := _inner(eqn):
+            if name == "scan" and not _only_carries(eqn, inner[0]):
+                return "no `scan` over arrays in a kernel"
             if reason := _refusal(inner[0]):
                 return reason
             continue
@@ -97,6 +108,13 @@ def _refusal(jaxpr: Any) -> str:
         if name in RULES and not _fits(eqn):
             return f"no `{name}` of this form in a kernel"
     return ""
+
+
+def _only_carries(eqn: Any, body: Any) -> bool:
+    """Whether a loop neither takes slices of arrays nor stacks any."""
+    shapes = lambda variables: [v.aval.shape for v in variables]
+    pairs = (eqn.invars, body.invars), (eqn.outvars, body.outvars)
+    return all(shapes(x) == shapes(y) for x, y in pairs)
 
 
 def _fits(eqn: Any) -> bool:
@@ -125,7 +143,8 @@ def _replay(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], known: Any) 
     for eqn in jaxpr.eqns:
         values = [read(v) for v in eqn.invars]
         if inner := _inner(eqn):
-            out = _replay(*inner, values, known)
+            loop = eqn.primitive.name == "scan"
+            out = _loop(inner, eqn, values, known) if loop else _replay(*inner, values, known)
         elif rule := RULES.get(eqn.primitive.name):
             out = [rule(eqn, *values)]
         else:

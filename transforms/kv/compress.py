@@ -307,7 +307,8 @@ def explain(program: Program, rules: Rules) -> CacheTable:
         method = methods.get(group.leaves[0][0])
         sites = [s for s in found.sites if s.group == group.name]
         if method is not None:
-            sites = [dataclasses.replace(s, path=fused.describe(s, method, group)) for s in sites]
+            how = lambda s, *of: {"path": fused.describe(s, *of), "keeps": fused.keeper(s, *of)}
+            sites = [dataclasses.replace(s, **how(s, method, group)) for s in sites]
         rows.append(CacheRow.of(group, method, sites))
     shapes = {n: x for n, x in zip(program.caches, program.leaves) if n}
     rows += [CacheRow.kept(r.leaf, shapes[r.leaf], r.reason) for r in found.refused]

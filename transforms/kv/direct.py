@@ -115,29 +115,30 @@ def absorb(
     queries: Any = None,
 ) -> Arrays:
     """The buffers after new rows."""
-    if appended(method, how):
+    if otherwise(method, how):
         return _absorb_otherwise(method, group, arrays, new, at, how, queries)
     one = lambda x: jax.tree.map(lambda y: y[None], x)  # a batch of one
-    streams = [
-        Kept(*map(one, (Rows(parts, method.codec(s.role, s.dtype), s.width), sinks, recent)))
-        for s, parts, sinks, recent in zip(
-            group.streams, *(arrays[name] for name in ("main", "sinks", "recent"))
-        )
-    ]
     after = append(
-        streams,
+        kept(method, group, one(arrays)),
         *map(one, (list(new), at, arrays["recent_at"], arrays["count"])),
         length=group.length,
         how="run" if how == "run" else "any",
     )
     streams, labels, count = jax.tree.map(lambda x: x[0], after)
     names = ("main", "sinks", "recent")
-    kept = dict(zip(names, zip(*((s.rows.parts, s.sinks, s.recent) for s in streams))))
-    return arrays | {n: list(kept[n]) for n in names} | {"recent_at": labels, "count": count}
+    buffers = zip(names, zip(*((s.rows.parts, s.sinks, s.recent) for s in streams)))
+    return arrays | {n: list(x) for n, x in buffers} | {"recent_at": labels, "count": count}
 
 
-def appended(method: Method, how: str = "run") -> str:
-    """Why new rows are not for `append`; "" where they are."""
+def kept(method: Method, group: Group, arrays: Arrays) -> list[Kept]:
+    """The streams of buffers that begin with the batch."""
+    buffers = zip(group.streams, *(arrays[name] for name in ("main", "sinks", "recent")))
+    codec = lambda s: method.codec(s.role, s.dtype)
+    return [Kept(Rows(x, codec(s), s.width), sinks, recent) for s, x, sinks, recent in buffers]
+
+
+def otherwise(method: Method, how: str) -> str:
+    """Why new rows are not stored by `append`; "" where they are."""
     if method.channels < 1:
         return "channels are dropped"
     return "the program shifts this cache" if how == "roll" else ""

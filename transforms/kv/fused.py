@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stowax.pallas_kernels import FullRows, attention_kernel, decode_attention
+from stowax.pallas_kernels import FullRows, append_kernel, attention_kernel, decode_attention
 from stowax.pallas_kernels import Rows as Packed
 from stowax.pallas_kernels.codecs import LayoutError
 
+from . import direct
 from .axes import Atom, Dim
 from .defer import ELEMENTWISE
 from .evaluate import Evaluation
@@ -27,7 +28,9 @@ from .method import Method
 from .replay import Replay, Rows
 from .softmax import Mask, Softmax, made_of, recognise
 from .spec import Group, Site
-from .store import Incoming, shapes
+from .store import Incoming, shapes, stored
+
+MOVES = "the cache moves or grows"
 
 
 def form(run: Any, found: Attention, method: Method, group: Group) -> Softmax:
@@ -42,7 +45,7 @@ def usual(run: Any, found: Attention) -> Softmax:
     if found.rows != 1:
         raise LayoutError(f"{found.rows} new tokens, not 1")
     if isinstance(found.start, str):
-        raise LayoutError("the cache moves or grows")
+        raise LayoutError(MOVES)
     softmax = recognise(run, found)
     lead = {*run.axes.resolve(softmax.key.lead), found.token}
     for mask in softmax.masks:
@@ -57,13 +60,27 @@ def describe(site: Site, method: Method, group: Group) -> str:
     if reason := refusal(method, group) or site.unusual:
         return f"replay ({reason})"
     streams = {s.role: i for i, s in enumerate(group.streams)}
-    arrays = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape[len(group.stack) :], s.dtype),
-        shapes(method, group),
-    )
+    arrays = _entry(method, group)
     keys, values = (_packed(method, group, arrays, streams[role]) for role in ("key", "value"))
     q = jax.ShapeDtypeStruct((group.batch, group.heads * site.group_size, keys.width), site.dtype)
     return attention_kernel(q, keys, values)
+
+
+def keeper(site: Site, method: Method, group: Group) -> str:
+    """What stores the new rows of an attention here, and why nothing better does."""
+    if method.selector is not None or method.merge is not None:
+        return "xla (a selector keeps the rows)" if method.selector else "xla (layers are merged)"
+    how = "roll" if site.unusual == MOVES and not group.grows else "any"
+    if reason := direct.otherwise(method, how):
+        return f"xla ({reason})"
+    group = stored(method, group)
+    return append_kernel(direct.kept(method, group, _entry(method, group)), site.rows)
+
+
+def _entry(method: Method, group: Group) -> Any:
+    """Shapes of the buffers of a layer."""
+    cut = lambda s: jax.ShapeDtypeStruct(s.shape[len(group.stack) :], s.dtype)
+    return jax.tree.map(cut, shapes(method, group))
 
 
 def refusal(method: Method, group: Group) -> str:

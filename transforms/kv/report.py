@@ -86,7 +86,8 @@ class CacheRow:
     @property
     def how(self) -> str:
         forms = [
-            f"{s.rows} new: {s.form} ({s.mask} mask){s.path and ', '}{s.path}" for s in self.sites
+            f"{s.rows} new: {s.form} ({s.mask} mask){s.path and ', '}{s.path}{s.keeps and ', kept by '}{s.keeps}"
+            for s in self.sites
         ]
         return "; ".join(filter(None, (self.reason, counted(forms, "; "))))
 

@@ -86,6 +86,7 @@ class Site:
       unusual: why no kernel can run it, see `fused.usual`; "" where one can.
       group_size, dtype: of the queries: how many share a head of the cache, and their type; where a kernel can run it.
       path: what runs it, see `fused.describe`; "" where it was not asked for.
+      keeps: what stores its new rows, see `fused.keeper`; "" where it was not asked for.
     """
 
     group: str
@@ -97,6 +98,7 @@ class Site:
     group_size: int = 1
     dtype: str = "float32"
     path: str = ""
+    keeps: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
