@@ -80,8 +80,11 @@ def _write_blocks(codec: Any, parts: Any, window: Any, new: Any, at: Any, how: s
     n = codec.block
     blocks = jax.tree.leaves(parts)[0].shape[1]
 
-    def write(rows: jax.Array, first: jax.Array, parts: Any) -> Any:
+    def write(rows: jax.Array, first: jax.Array, parts: Any, inside: Any = None) -> Any:
         codes = codec.encode(rows.astype(jnp.float32))
+        if inside is not None:
+            cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, 1, axis=1)
+            codes = jax.tree.map(lambda old, c: jnp.where(inside, c, cut(old)), parts, codes)
         put = lambda old, c: jax.lax.dynamic_update_slice_in_dim(old, c, first, axis=1)
         return jax.tree.map(put, parts, codes)
 
@@ -97,7 +100,7 @@ def _write_blocks(codec: Any, parts: Any, window: Any, new: Any, at: Any, how: s
         place = at - first * n
         place = jnp.where(place < 0, n, place)  # a negative index would count from the end
         rows = window(first, 1, new.dtype).at[:, place].set(new, mode="drop")
-        return write(rows, first, parts)
+        return write(rows, first, parts, at[t] < blocks * n)
 
     return jax.lax.fori_loop(0, new.shape[1], one, parts)
 

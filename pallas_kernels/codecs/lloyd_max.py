@@ -68,7 +68,7 @@ class LloydMax(GroupCodec):
         mean = groups.sum(-1, keepdims=True) / count
         scale = jnp.sqrt((there * (groups - mean) ** 2).sum(-1, keepdims=True) / count)
         params = self._rounded(scale, mean)
-        refit = lambda _, params: self._refit(groups, there, count, params)
+        refit = lambda _, params: self._refit(groups, mean, there, count, params)
         params = jax.lax.fori_loop(0, ROUNDS, refit, params, unroll=True)  # a kernel rolls it again
         return params | {"scale": round_scale(params["scale"] * shrink, self.scale_dtype)}
 
@@ -99,17 +99,16 @@ class LloydMax(GroupCodec):
         return {k: v.astype(jnp.float32)[..., None] for k, v in parts.items()}
 
     def _refit(
-        self, groups: jax.Array, there: jax.Array, count: jax.Array, params: Params
+        self, groups: jax.Array, mean: jax.Array, there: jax.Array, count: jax.Array, params: Params
     ) -> Params:
-        """Mean and scale by least squares for the codes that `params` give."""
+        """Mean and scale by least squares for the codes that `params` give; `mean` is that of the groups."""
         unit = {"scale": jnp.ones_like(params["scale"]), "mean": jnp.zeros_like(params["mean"])}
         level = self.values(self.codes(groups, params), unit) * there
-        x = groups * there
-        mean_l, mean_x = level.sum(-1, keepdims=True) / count, x.sum(-1, keepdims=True) / count
+        mean_l = level.sum(-1, keepdims=True) / count
         spread = (there * (level - mean_l) ** 2).sum(-1, keepdims=True)
-        product = (there * (level - mean_l) * (x - mean_x)).sum(-1, keepdims=True)
+        product = (there * (level - mean_l) * (groups - mean)).sum(-1, keepdims=True)
         scale = jnp.where(spread > 0, product / nonzero(spread), params["scale"])
-        return self._rounded(scale, mean_x - scale * mean_l)
+        return self._rounded(scale, mean - scale * mean_l)
 
     def _rounded(self, scale: jax.Array, mean: jax.Array) -> Params:
         return {

@@ -22,7 +22,7 @@ from .reference import by_head
 from .rows import FullRows
 
 TILE = 2**14  # elements that a program has in registers at a time
-WARPS = 8
+WARPS = 4
 
 Carry = tuple[jax.Array, jax.Array, jax.Array]  # greatest score, total of weights, weighted sum
 

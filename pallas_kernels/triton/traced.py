@@ -1,8 +1,9 @@
 """Plain jax functions inside a kernel: a function is traced, and its operations are replayed on the kernel's values.
 
 Triton has no rounding, padding, slices of arrays, nor concatenation of more than two numbers; those become arithmetic.
-Arrays that a function holds become operands of the kernel. Every array must have a power of two of elements along each
-axis.
+Bytes are held in 32-bit integers, of which only the last 8 bits count until something else is read: GPUs have no
+arithmetic on bytes. Arrays that a function holds become operands of the kernel. Every array must have a power of two of
+elements along each axis.
 """
 
 from __future__ import annotations
@@ -23,12 +24,17 @@ LARGEST = 2**16  # elements of an array, in registers of a program
 
 # What Triton lowers itself.
 PLAIN = {
-    "abs", "add", "and", "argmax", "argmin", "bitcast_convert_type", "broadcast_in_dim", "clamp",
+    "abs", "add", "and", "argmax", "argmin", "broadcast_in_dim", "clamp",
     "convert_element_type", "copy", "div", "eq", "exp", "exp2", "ge", "gt", "integer_pow", "iota",
     "is_finite", "le", "log", "log2", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "reduce_max",
     "reduce_min", "reduce_sum", "rem", "reshape", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic",
     "shift_right_logical", "sign", "split", "sqrt", "square", "squeeze", "stop_gradient", "sub", "transpose",
     "xor",
+}  # fmt: skip
+# Those of which the last 8 bits of the result depend on those of the operands alone.
+MODULAR = {
+    "add", "and", "broadcast_in_dim", "concatenate", "copy", "mul", "neg", "not", "or", "pad", "reshape", "select_n",
+    "shift_left", "split", "squeeze", "sub", "transpose", "xor",
 }  # fmt: skip
 CALLS = {
     "jit": "jaxpr",
@@ -59,9 +65,30 @@ class Traced:
 
     def __call__(self, constants: Sequence[Any], *args: Any) -> Any:
         """The result on a kernel's values; `constants` are those of `self.constants`."""
-        known = {id(x): y for x, y in zip(self.constants, constants, strict=True)}
-        out = _replay(self.jaxpr, self.own, jax.tree.leaves(args), known)
-        return jax.tree.unflatten(self.tree, out)
+        known = {id(x): _wide(y) for x, y in zip(self.constants, constants, strict=True)}
+        out = _replay(self.jaxpr, self.own, list(map(_wide, jax.tree.leaves(args))), known)
+        exact = [x.astype(v.aval.dtype) for x, v in zip(out, self.jaxpr.outvars)]
+        return jax.tree.unflatten(self.tree, exact)
+
+
+def _is_byte(v: Any) -> bool:
+    return v.aval.dtype == jnp.uint8
+
+
+def _wide(x: Any) -> Any:
+    return x.astype(jnp.int32) if x.dtype == jnp.uint8 else x
+
+
+def _on_bytes(eqn: Any, values: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Operands and parameters of an equation on bytes, for 32-bit integers."""
+    name, params = eqn.primitive.name, dict(eqn.params)
+    if name not in MODULAR:
+        exact = lambda v, x: x & 255 if _is_byte(v) and not isinstance(v, Literal) else x
+        values = list(map(exact, eqn.invars, values))
+    for key in ("new_dtype", "dtype"):
+        if params.get(key) == jnp.uint8:
+            params[key] = jnp.dtype(jnp.int32)
+    return values, params
 
 
 def _inner(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
@@ -137,7 +164,8 @@ def _fits(eqn: Any) -> bool:
 def _replay(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], known: Any) -> list[Any]:
     env: dict[Any, Any] = {}
     given = lambda x: known.get(id(x), x)
-    read = lambda v: given(v.val) if isinstance(v, Literal) else env[v]
+    number = lambda v: jnp.int32(v.val) if _is_byte(v) and not np.ndim(v.val) else given(v.val)
+    read = lambda v: number(v) if isinstance(v, Literal) else env[v]
     env.update(zip(jaxpr.constvars, map(given, consts)))
     env.update(zip(jaxpr.invars, args))
     for eqn in jaxpr.eqns:
@@ -148,7 +176,10 @@ def _replay(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], known: Any) 
         elif rule := RULES.get(eqn.primitive.name):
             out = [rule(eqn, *values)]
         else:
-            out = eqn.primitive.bind(*values, **eqn.params)
+            params = eqn.params
+            if any(map(_is_byte, (*eqn.invars, *eqn.outvars))):
+                values, params = _on_bytes(eqn, values)
+            out = eqn.primitive.bind(*values, **params)
             out = out if eqn.primitive.multiple_results else [out]
         env.update(zip(eqn.outvars, out))
     return [read(v) for v in jaxpr.outvars]
@@ -184,7 +215,13 @@ def _dot(eqn: Any, x: jax.Array, y: jax.Array) -> jax.Array:
     return both.sum(0).astype(aval.dtype).reshape(aval.shape)
 
 
+def _bitcast(eqn: Any, x: jax.Array) -> jax.Array:
+    bits = x.astype(eqn.invars[0].aval.dtype)
+    return _wide(lax.bitcast_convert_type(bits, eqn.params["new_dtype"]))
+
+
 RULES: dict[str, Callable[..., jax.Array]] = {
+    "bitcast_convert_type": _bitcast,
     "round": _round,
     "pad": lambda eqn, x, _: x,
     "concatenate": _concatenate,

@@ -13,7 +13,7 @@ from jax import export
 
 from stowax.pallas_kernels import FullRows, Rows, decode_attention, pack_rows
 from stowax.pallas_kernels.codecs import per_channel, per_token
-from stowax.pallas_kernels.decode_attention import mosaic_gpu, xla
+from stowax.pallas_kernels.decode_attention import join, joined, mosaic_gpu, xla
 from stowax.pallas_kernels.decode_attention.mosaic_gpu import Config
 
 CODECS = {
@@ -51,7 +51,16 @@ def masked_rows(b=2, k=2, s=128, h=64, rows=5, heads=True):
 
 
 def plain(
-    q, keys, values, lengths, scale=None, soft_cap=None, window=None, seen=None, hidden=None, full=()
+    q,
+    keys,
+    values,
+    lengths,
+    scale=None,
+    soft_cap=None,
+    window=None,
+    seen=None,
+    hidden=None,
+    full=(),
 ):
     """In numpy, head by head and row by row."""
     q, k, v = (
@@ -206,6 +215,34 @@ def test_kernel(name):
 @pytest.mark.parametrize("name", GPU_SLOW)
 def test_kernel_of_every_form(name):
     check_on_gpu(*GPU_SLOW[name])
+
+
+JOINS = {
+    "many rows": ({"parts": 40, "h": 32, "rows": (3, 70, 1)}, {"rotated": True, "soft_cap": None}),
+    "by head, capped": ({"heads": 2, "rows": (5,)}, {"rotated": False, "soft_cap": 3.0}),
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_joining_kernel(name, monkeypatch):
+    """Also where no part has seen a row, and where tiles do not hold all."""
+    shape, options = JOINS[name]
+    monkeypatch.setattr(join, "TILE", 1024)
+    args = parts_and_rows(**shape)
+    run = functools.partial(join.kernel, scale=0.2, **options, interpret=True)
+    want = joined.join(*args, scale=0.2, **options)
+    close(jax.jit(run)(*args), want, 1e-5)
+
+
+def parts_and_rows(b=1, k=2, parts=6, g=2, h=64, rows=(), heads=1):
+    rng = np.random.default_rng(0)
+    x = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    flags = lambda n: jnp.asarray(rng.random((b, heads, n)) < 0.6)
+    logs = 3 * x(b, k, parts, g)
+    logs = jnp.where(jnp.asarray(rng.random(logs.shape)) < 0.3, joined.NEVER, logs)
+    logs = logs.at[0, 0].set(joined.NEVER)
+    full = tuple(FullRows(x(b, k, n, h), x(b, k, n, h), flags(n)) for n in rows)
+    return (x(b, k, parts, g, h), logs), x(b, k * g, h), full
 
 
 @pytest.mark.parametrize(

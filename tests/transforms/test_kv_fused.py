@@ -52,18 +52,19 @@ def test_equals_replay(name, monkeypatch):
     want, _ = run(METHODS[name], False, monkeypatch)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)  # a code may round the other way
-    assert table.rows[0].sites[0].path == "xla: decode + attend, block by block"
+    (site,) = table.rows[0].sites
+    assert (site.path, site.keeps) == ("xla: decode + attend, block by block", "xla")
 
 
 @pytest.mark.parametrize(
-    ("method", "reason"),
+    ("method", "reason", "keeps"),
     [
-        (sx.recipes.full(), "rows are not packed"),
-        (sx.recipes.select("streaming", 8), "a selector keeps the rows"),
-        (sx.recipes.think(0.5, residual=8), "rows are made from what is stored"),
+        (sx.recipes.full(), "rows are not packed", "xla"),
+        (sx.recipes.select("streaming", 8), "a selector keeps the rows", "xla (a selector keeps the rows)"),
+        (sx.recipes.think(0.5, residual=8), "rows are made from what is stored", "xla (channels are dropped)"),
     ],
-)
-def test_what_is_replayed_says_why(method, reason):
+)  # fmt: skip
+def test_what_is_replayed_says_why(method, reason, keeps):
     functions, params = models.functions(CONFIG), models.init_params(CONFIG)
     fast = sx.compress_kv(method)(functions.step, cache=2)
     token = jnp.zeros((2, 1), jnp.int32)
@@ -72,7 +73,9 @@ def test_what_is_replayed_says_why(method, reason):
     )
     (row,) = fast.explain(params, token, cache).caches.rows
     assert row.sites[0].path == f"replay ({reason})"
+    assert row.sites[0].keeps == keeps
     assert reason in str(row.how)
+    assert keeps in str(row.how)
 
 
 def test_a_cache_that_moves_can_not_be_encoded_in_blocks():
