@@ -14,18 +14,19 @@ import jax
 
 from . import table
 from .packed import Packed
+from .static import Static
 from .view import View
 
 NAME = "stowax.Packed"
 
 
-def _to_json(aux: Any) -> bytes:
-    parts, codec, view, guessed, name = aux
+def _to_json(aux: Static) -> bytes:
+    parts, codec, view, guessed, name = aux.value
     data = {"parts": parts, "codec": codec.name, "view": dataclasses.asdict(view)}
     return json.dumps(data | {"guessed": guessed, "name": name}).encode()
 
 
-def _from_json(data: bytes | bytearray) -> Any:
+def _from_json(data: bytes | bytearray) -> Static:
     """What `Packed.tree_flatten_with_keys` gives as static data.
 
     Raises:
@@ -35,7 +36,8 @@ def _from_json(data: bytes | bytearray) -> Any:
         found = json.loads(bytes(data))
         view = View(**{key: _tuples(value) for key, value in found["view"].items()})
         parts = tuple(map(str, found["parts"]))
-        return parts, table.get(found["codec"]), view, bool(found["guessed"]), str(found["name"])
+        codec, name = table.get(found["codec"]), str(found["name"])
+        return Static((parts, codec, view, bool(found["guessed"]), name))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"the artifact holds no valid `{NAME}`: {error!r}") from error
 

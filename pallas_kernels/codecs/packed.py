@@ -8,6 +8,7 @@ give a `Packed` over the same buffers; the codes are never touched.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .base import Codec, Parts
+from .static import Static
 from .view import View, storage_view
 
 
@@ -162,15 +164,24 @@ class Packed:
         parts = {k: p if shared(p) else take(p, axis) for k, p in self.parts.items()}
         return dataclasses.replace(self, parts=parts, view=view)
 
-    def tree_flatten_with_keys(self):
+    @functools.cached_property
+    def _static(self) -> Static:
         names = tuple(sorted(self.parts))
-        keys = [(jax.tree_util.GetAttrKey(name), self.parts[name]) for name in names]
-        return keys, (names, self.codec, self.view, self.guessed, self.name)
+        return Static((names, self.codec, self.view, self.guessed, self.name))
+
+    def tree_flatten(self):
+        return [self.parts[name] for name in self._static.value[0]], self._static
+
+    def tree_flatten_with_keys(self):
+        names = self._static.value[0]
+        return [(jax.tree_util.GetAttrKey(name), self.parts[name]) for name in names], self._static
 
     @classmethod
     def tree_unflatten(cls, aux, children) -> Packed:
-        names, *static = aux
-        return cls(dict(zip(names, children)), *static)
+        names, *static = aux.value
+        packed = cls(dict(zip(names, children)), *static)
+        packed.__dict__["_static"] = aux
+        return packed
 
 
 def pack(x: jax.Array, codec: Codec, *, lead: Sequence[int], inner: Sequence[int]) -> Packed:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from stowax.pallas_kernels.codecs.static import Static
 
 from ..core.program import Stored
 from .method import Method
@@ -52,16 +55,21 @@ class KVState(Stored):
             f"{self.nbytes:,} of {g.nbytes:,} bytes)"
         )
 
+    @functools.cached_property
+    def _static(self) -> Static:
+        return Static((self.group, self.method, self.guessed))
+
+    def tree_flatten(self):
+        return (self.arrays,), self._static
+
     def tree_flatten_with_keys(self):
-        return [(jax.tree_util.GetAttrKey("arrays"), self.arrays)], (
-            self.group,
-            self.method,
-            self.guessed,
-        )
+        return [(jax.tree_util.GetAttrKey("arrays"), self.arrays)], self._static
 
     @classmethod
     def tree_unflatten(cls, aux, children) -> KVState:
-        return cls(children[0], *aux)
+        state = cls(children[0], *aux.value)
+        state.__dict__["_static"] = aux
+        return state
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -74,6 +82,9 @@ class Moved(Stored):
     dtype: Any
 
     nbytes = 0
+
+    def tree_flatten(self):
+        return (), (self.to, self.shape, self.dtype)
 
     def tree_flatten_with_keys(self):
         return [], (self.to, self.shape, self.dtype)
