@@ -67,7 +67,8 @@ class Traced:
         """The result on a kernel's values; `constants` are those of `self.constants`."""
         known = {id(x): _wide(y) for x, y in zip(self.constants, constants, strict=True)}
         out = _replay(self.jaxpr, self.own, list(map(_wide, jax.tree.leaves(args))), known)
-        exact = [x.astype(v.aval.dtype) for x, v in zip(out, self.jaxpr.outvars)]
+        shapes: list[Any] = [v.aval for v in self.jaxpr.outvars]
+        exact = [x.astype(s.dtype) for x, s in zip(out, shapes)]
         return jax.tree.unflatten(self.tree, exact)
 
 
