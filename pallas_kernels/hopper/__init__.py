@@ -8,6 +8,8 @@ from .channels import permute_channels as permute_channels
 from .device import is_here as is_here
 from .fragments import Plan as Plan
 from .fragments import expand as expand
+from .fragments import expand_in_order as expand_in_order
+from .fragments import load_in_order as load_in_order
 from .fragments import plan_of as plan_of
 from .fragments import refusal as refusal
 from .fragments import terms_of as terms_of
@@ -23,6 +25,7 @@ from .layout import sync as sync
 from .layout import tiled as tiled
 from .ring import Ring as Ring
 from .ring import ring_barriers as ring_barriers
+from .staged import stage_transposed as stage_transposed
 from .transposed import expand_transposed as expand_transposed
 from .transposed import over_rows as over_rows
 from .transposed import spread_scales as spread_scales

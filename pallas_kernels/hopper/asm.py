@@ -94,10 +94,13 @@ def doubled(x: Value, i: int = 0) -> Value:
     return bits(vector.shuffle(x, x, [i, i]), i32())
 
 
-def array(registers: Any, layout: Any, shape: tuple[int, ...]) -> mgpu.FragmentedArray:
+def array(
+    registers: Any, layout: Any, shape: tuple[int, ...], is_signed: bool | None = None
+) -> mgpu.FragmentedArray:
+    """`is_signed`: of integers."""
     layout = layout.to_mgpu()
     registers = registers.reshape(layout.registers_shape(shape))
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=is_signed)
 
 
 def extract(x: Value, i: int) -> Value:

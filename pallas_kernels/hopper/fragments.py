@@ -203,6 +203,86 @@ def _load_words(refs: Sequence[Any], half: int, row_bytes: int) -> list[list[lis
     return out
 
 
+def load_in_order(
+    codes: Sequence[Any], half: int, row_bytes: int, interpret: bool
+) -> list[jax.Array]:
+    """64 bytes of each row of a tile ``uint8[64, row_bytes]`` of each stream: opaque, for `expand_in_order`."""
+    if interpret:
+        return [ref[:, 64 * half : 64 * half + 64].astype(jnp.int32) for ref in codes]
+    ref = plgpu.RefType(tiled(jnp.uint8, row_bytes))
+
+    @asm.inline(
+        arg_types=[ref] * len(codes),
+        return_type=[plgpu.ShapeDtypeStruct((ROWS, 16), jnp.int32, layout=WGMMA)] * len(codes),
+    )
+    def run(ctx, *refs):
+        pair = ir.VectorType.get((2,), asm.i32())
+        out = []
+        for ref in refs:
+            words = _load_in_order(ref, half, row_bytes)
+            registers = np.empty((2, 2), dtype=object)
+            for r in range(2):
+                for o in range(2):
+                    registers[o, r] = asm.vector_of(pair, words[r][2 * o : 2 * o + 2])
+            out.append(asm.array(registers, WGMMA, (ROWS, 16), is_signed=True))
+        return out
+
+    return run(*codes)
+
+
+def expand_in_order(
+    words: Sequence[jax.Array], piece: int, terms: Any, plan: Plan, *, dtype: Any, interpret: bool
+) -> jax.Array:
+    """64 bytes of every stream as the A operand ``[64, 64]`` of one piece, columns in their own order.
+
+    More loads than `expand` has, and no order that the other operand must follow.
+
+    Args:
+      words: from `load_in_order`.
+      terms: for 1, 2 or 4 equal parts of the columns `terms_of` their tables, ``[64]`` each.
+    """
+    if interpret:
+        return _in_order(words, piece, terms, plan, jnp.dtype(dtype))
+    flat, tree = jax.tree.flatten(list(map(tuple, terms)))
+
+    @asm.inline(
+        arg_types=([WGMMA] * plan.streams, [ROW] * len(flat)),
+        return_type=plgpu.ShapeDtypeStruct((ROWS, 64), dtype, layout=WGMMA),
+    )
+    def run(ctx, words, flat):
+        own = jax.tree.unflatten(tree, [[asm.doubled(v) for v in t.registers.flat] for t in flat])
+        maker = MAKERS[plan.kind](plan, jnp.dtype(dtype))
+        streams = [w.registers.reshape(2, 2) for w in words]
+        registers = np.empty((8, 2), dtype=object)
+        for r in range(2):
+            for t in range(4):
+                mine = [asm.extract(stream[t // 2, r], t % 2) for stream in streams]
+                scale = [term[r] for term in own[t * len(own) // 4]]
+                for o, pair in enumerate(maker.pairs(mine)[piece]):
+                    registers[2 * t + o, r] = asm.bits(maker.scaled(pair, scale), maker.vector)
+        return asm.array(registers, WGMMA, (ROWS, 64))
+
+    return run(list(words), flat)
+
+
+def _load_in_order(ref: Any, half: int, row_bytes: int) -> list[list[Any]]:
+    """For a thread's two rows and each 16 columns a word of its four: 2 q, 2 q + 8, 2 q + 1, 2 q + 9."""
+    warp, g, q = asm.lanes()
+    row = arith.muli(asm.first_row(warp, g), asm.const(row_bytes))
+    turn = g if row_bytes == 128 else arith.shrui(g, asm.const(1))  # the swizzle
+    own = arith.addi(row, arith.muli(q, asm.const(2)))
+    byte, short = (ir.IntegerType.get_signless(n) for n in (8, 16))
+
+    def load(r: int, t: int, h: int) -> Any:
+        chunk = arith.muli(arith.xori(turn, asm.const(4 * half + t)), asm.const(16))
+        start = arith.addi(arith.addi(own, chunk), asm.const(8 * row_bytes * r + 8 * h))
+        found = llvm.load(short, asm.at(asm.pointer(ref), start, byte), alignment=2)
+        return arith.extui(asm.i32(), found)
+
+    join = lambda a, b: asm.word("prmt.b32 $0, $1, $2, $3;", a, b, asm.const(0x5140))
+    return [[join(load(r, t, 0), load(r, t, 1)) for t in range(4)] for r in range(2)]
+
+
 class _Maker:
     """Registers of A: for each piece ``[octet of columns, row]``; an octet is 2 t + o."""
 
@@ -371,6 +451,25 @@ def _expanded(
             level = level * columns[0] + (columns[1] if columns[1:] else 0)
         out.append(level.astype(dtype))
     return out
+
+
+def _in_order(
+    streams: Sequence[jax.Array], piece: int, terms: Any, plan: Plan, dtype: Any
+) -> jax.Array:
+    """`expand_in_order` in plain jnp."""
+    fields = plan.fields[piece]
+    code = sum(((streams[f.stream] >> f.shift) & (2**f.width - 1)) << f.up for f in fields)
+    level = level_of(jnp.asarray(code), plan)
+    wide = lambda i: jnp.repeat(
+        jnp.stack([own[i].astype(jnp.float32) for own in terms], 1), 64 // len(terms), axis=1
+    )
+    if plan.has_zero:
+        base, scale, rest = map(wide, range(3))
+        shift = 128 if plan.bits == 8 and dtype == jnp.bfloat16 else -MAGIC[dtype.name]
+        level = (level - (base + shift)).astype(dtype).astype(jnp.float32) * scale + rest
+    else:
+        level = level * wide(0)
+    return level.astype(dtype)
 
 
 def level_of(code: jax.Array, plan: Plan) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .. import hopper
 from ..codecs import Packed
 from ..op import Op, one_by_one
-from . import mosaic_gpu, mosaic_tpu, reference, tuned, xla
+from . import many_rows, mosaic_gpu, mosaic_tpu, reference, tuned, xla
 
 WHOLE_BYTES = (
     2**30
@@ -54,10 +54,21 @@ def describe(x: Any, w: Packed) -> str:
     name = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(jax.default_backend())
     if name is None:
         return path
-    reason = _refused_here(name, x, w)
-    if not reason and name == "mosaic_gpu" and _decodes_first(x, w):
-        return f"xla: decode, then dot (M = {x.shape[-2]}: faster than fused)"
-    return f"{path} ({reason})" if reason else f"{name}: fused"
+    if reason := _refused_here(name, x, w):
+        return f"{path} ({reason})"
+    if name == "mosaic_tpu":
+        return f"{name}: fused"
+    if _takes_many(x, w):
+        return f"{name}: fused, many rows"
+    if _decodes_first(x, w):
+        why = f"{many_rows.refusal(w)}, M = {x.shape[-2]}" if many_rows.refusal(w) else ""
+        return f"xla: decode, then dot ({why or f'M = {x.shape[-2]}'}: faster than fused)"
+    return f"{name}: fused"
+
+
+def _takes_many(x: Any, w: Packed) -> bool:
+    plan = hopper.plan_of(w.codec)
+    return tuned.takes_many(plan, mosaic_gpu.rows_of(x)) and not many_rows.refusal(w)
 
 
 def _decodes_first(x: Any, w: Packed) -> bool:
@@ -74,13 +85,18 @@ def _on_cuda(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
     other = jax.default_backend() == "gpu" and not hopper.is_here()
     if choose and (other or mosaic_gpu.refusal(x, w)):
         return _by_xla(operands, choose=choose, **options)
-    if choose and _decodes_first(x, w):  # many rows: one decoded weight for all of them
+    takes_many = _takes_many(x, w)
+    if choose and not takes_many and _decodes_first(x, w):
         return xla.matmul(x, w, tile_bytes=WHOLE_BYTES, **options)
     lead, (m, k), n = x.shape[:-2], x.shape[-2:], w.shape[-2]
     dtype = options["preferred_element_type"] or jnp.result_type(x.dtype, w.dtype)
-    folded = x.reshape(math.prod(lead), m, k)
-    config = tuned.config(hopper.plan_of(w.codec), mosaic_gpu.rows_of(folded), n, k)
-    out = mosaic_gpu.matmul(folded, w.folded(range(len(lead))), config, out_dtype=dtype)
+    folded, one = x.reshape(math.prod(lead), m, k), w.folded(range(len(lead)))
+    plan, rows = hopper.plan_of(w.codec), mosaic_gpu.rows_of(folded)
+    if takes_many:
+        config = tuned.many(plan, len(folded), rows, n, k)
+        out = many_rows.matmul(folded, one, config, out_dtype=dtype)
+    else:
+        out = mosaic_gpu.matmul(folded, one, tuned.config(plan, rows, n, k), out_dtype=dtype)
     return out.reshape(*lead, m, n)
 
 

@@ -61,16 +61,9 @@ def refusal(x: jax.Array, w: Packed) -> str:
 def matmul(
     x: jax.Array, w: Packed, config: Config, *, out_dtype: Any = None, interpret: bool = False
 ) -> jax.Array:
-    """``[B, M, K] x [B, N, K] -> [B, M, N]``, summed in float32, of `out_dtype` (None: as x).
-
-    A float32 `x` is two bfloat16 ones, its high and its low half, as twice as many rows.
-    """
+    """``[B, M, K] x [B, N, K] -> [B, M, N]``, summed in float32, of `out_dtype` (None: as x)."""
     if x.dtype == jnp.float32:
-        # astype there and back would be simplified away
-        high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        halves = jnp.concatenate([high, x - high], axis=1).astype(jnp.bfloat16)
-        out = matmul(halves, w, config, out_dtype=jnp.float32, interpret=interpret)
-        return (out[:, : x.shape[1]] + out[:, x.shape[1] :]).astype(out_dtype or x.dtype)
+        return in_halves(matmul, x, w, config, out_dtype, interpret)
     (batch, m, k), n = x.shape, w.shape[-2]
     plan = hopper.plan_of(w.codec)
     tables = [_table(w.parts[name], batch, n) for name in plan.tables]
@@ -82,6 +75,17 @@ def matmul(
     problem = _Problem(config, plan, batch, m, n, k, group, tables[0].shape[1], x.dtype,
                        jnp.dtype(out_dtype or x.dtype), interpret)  # fmt: skip
     return problem(columns, codes, tables)
+
+
+def in_halves(
+    run: Any, x: jax.Array, w: Packed, config: Any, out_dtype: Any, interpret: bool
+) -> jax.Array:
+    """A kernel's product with a float32 `x`, as two bfloat16 ones, its high and its low half: twice as many rows."""
+    # astype there and back would be simplified away
+    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    halves = jnp.concatenate([high, x - high], axis=1).astype(jnp.bfloat16)
+    out = run(halves, w, config, out_dtype=jnp.float32, interpret=interpret)
+    return (out[:, : x.shape[1]] + out[:, x.shape[1] :]).astype(out_dtype or x.dtype)
 
 
 def rows_of(x: jax.Array) -> int:

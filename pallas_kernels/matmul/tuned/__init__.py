@@ -9,6 +9,7 @@ import pathlib
 from typing import Any
 
 from ...hopper import ROWS, Plan
+from .. import many_rows
 from ..mosaic_gpu import Config, shared_bytes
 
 SHARED_BYTES = 227 * 1024  # a block of a Hopper GPU has
@@ -51,6 +52,54 @@ def _fitting(config: Config, plan: Plan, piece: int) -> Config:
         else:
             config = dataclasses.replace(config, block_m=config.block_m // 2)
     return config
+
+
+def takes_many(plan: Plan, m: int, device: str = "hopper") -> bool:
+    """Whether the kernel for many rows is the fastest way for M rows."""
+    rule = _rule(plan, device)
+    return rule is not None and rule["from_m"] <= m <= rule.get("to_m", m)
+
+
+def many(
+    plan: Plan, batch: int, m: int, n: int, k: int, device: str = "hopper"
+) -> many_rows.Config:
+    """The cut of a product of many rows that should take the least time, by the measured time of a step."""
+    fewest = -(-m // 256)
+    choices = [
+        _many(plan, -(-m // rows), parts, n)
+        for rows in range(fewest, 2 * fewest + 1)
+        for parts in (1, 2, 3, 4, 6, 8)
+        if parts <= k // plan.pieces // many_rows.wide(plan)
+    ]
+    step = (_rule(plan, device) or {"step_us": (0.3, 0.002)})["step_us"]
+    return min(choices, key=lambda c: _many_us(c, step, (batch, m, n, k)))
+
+
+def _rule(plan: Plan, device: str) -> dict[str, Any] | None:
+    same = lambda rule: (rule["kind"], rule["pieces"]) == (plan.kind, plan.pieces)
+    return next(filter(same, table(device)["many"]), None)
+
+
+def _many(plan: Plan, rows: int, parts: int, n: int) -> many_rows.Config:
+    cluster = 2 if n > many_rows.TALL else 1
+    config = many_rows.Config(-(-rows // 16) * 16, 12, cluster=cluster, parts=parts)
+    while many_rows.shared_bytes(config, plan) > SHARED_BYTES - 1024:  # barriers take some
+        config = dataclasses.replace(config, stages=config.stages - 1)
+    return config
+
+
+def _many_us(config: many_rows.Config, step: Any, sizes: tuple[int, int, int, int]) -> float:
+    """Rounds of all blocks, and adding the parts up."""
+    batch, m, n, k = sizes
+    rows, columns, whole = many_rows.cut(config, batch, m, n)
+    clusters = config.blocks // config.cluster
+    last = (columns - whole) * rows
+    rounds = -(-whole * rows // clusters) + -(-last * config.parts // clusters) / config.parts
+    us = rounds * k // 64 * (step[0] + step[1] * config.block_m)
+    if config.parts == 1:
+        return us
+    alone = 20 if not whole and config.block_m > 128 else 0  # measured, and not understood
+    return us + 3 + alone + last * config.cluster * config.parts * config.block_m / 5000
 
 
 def decodes_first(plan: Plan, m: int, device: str = "hopper") -> bool:
