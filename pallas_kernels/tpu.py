@@ -27,17 +27,27 @@ def four_bytes(value: int) -> jax.Array:
 
 def loadable(x: jax.Array) -> jax.Array:
     """`x`, float16 as its bits."""
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.float16 else x
+    return lax.bitcast_convert_type(x, jnp.int16) if x.dtype == jnp.float16 else x
 
 
 def as_float32(x: jax.Array) -> jax.Array:
     """What `loadable` gave."""
-    return _half(x.astype(jnp.int32)) if x.dtype == jnp.uint16 else x.astype(jnp.float32)
+    return finite(widened(x)) if x.dtype == jnp.int16 else x.astype(jnp.float32)
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """What `loadable` gave in 32 bits, float16 still as bits."""
+    return x.astype(jnp.int32 if x.dtype == jnp.int16 else jnp.float32)
+
+
+def finite(x: jax.Array) -> jax.Array:
+    """Of `widened` float32, where infinities and NaN become anything finite."""
+    return _half(x) if x.dtype == jnp.int32 else jnp.where(jnp.abs(x) < jnp.inf, x, 0)
 
 
 def _half(bits: jax.Array) -> jax.Array:
-    """Float16 bit patterns to float32; subnormals by way of integers, since TPUs flush them."""
-    size = bits & 0x7FFF
-    normal = lax.bitcast_convert_type((size << 13) + ((127 - 15) << 23), jnp.float32)
-    value = jnp.where(size < 0x400, size.astype(jnp.float32) * 2.0**-24, normal)
-    return jnp.where(bits > 0x7FFF, -value, value)
+    """Float16 bit patterns, sign-extended, to float32. TPUs flush float32's subnormals, not these."""
+    value = lax.bitcast_convert_type(((bits & 0x7FFF) << 13) + ((127 - 15) << 23), jnp.float32)
+    value -= jnp.maximum(2.0**-14 - value, 0)  # a subnormal has no leading 1, and the exponent 1
+    sign = bits & jnp.int32(-(2**31))
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(value, jnp.int32) | sign, jnp.float32)

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import hopper
+from .. import hopper, tpu
 from ..op import Op, one_by_one
-from . import mosaic_gpu, reference, xla
+from . import mosaic_gpu, mosaic_tpu, reference, xla
 from .rows import FullRows, Rows
 
-IMPLEMENTATIONS = ("mosaic_gpu", "reference", "xla")
+IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "reference", "xla")
+KERNELS = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 Result = tuple[jax.Array, jax.Array]
 
 
@@ -29,28 +30,34 @@ def run(
     operands = (q, keys, values, lengths, seen, full)
     if name == "reference":
         return reference.decode_attention(*operands, **options)
-    reason = mosaic_gpu.refusal(q, keys, values)
-    if name == "mosaic_gpu":
-        reason = reason or ("" if hopper.is_here() else "this is no Hopper GPU")
-        if reason:
-            raise NotImplementedError(
-                f"`implementation` {name!r} can't take this attention: {reason}. Pass None to let another path take it."
-            )
-    if name == "xla" or reason:
+    if name in KERNELS and (reason := _refused_here(name, q, keys, values)):
+        raise NotImplementedError(
+            f"`implementation` {name!r} can't take this attention: {reason}. Pass None to let another path take it."
+        )
+    if name == "xla" or all(kernel.refusal(q, keys, values) for kernel in KERNELS.values()):
         return xla.decode_attention(*operands, **options)
     return PACKED_ATTENTION(operands, **options)
 
 
+def _refused_here(name: str, q: Any, keys: Rows, values: Rows) -> str:
+    """Why a kernel can't take these on this machine; "" where it can."""
+    if reason := KERNELS[name].refusal(q, keys, values):
+        return reason
+    if name == "mosaic_gpu":
+        return "" if hopper.is_here() else "this is no Hopper GPU"
+    return "" if jax.default_backend() == "tpu" else "this is no TPU"
+
+
 def attention_kernel(q: Any, keys: Rows, values: Rows) -> str:
     """The path that `decode_attention` takes here, in words, and why no kernel takes it."""
-    if jax.default_backend() != "gpu":
-        return "xla: decode + attend, block by block"
-    reason = mosaic_gpu.refusal(q, keys, values) or (
-        "" if hopper.is_here() else "this is no Hopper GPU"
-    )
-    if reason:
-        return f"xla: decode + attend, block by block ({reason})"
-    return "mosaic_gpu: fused" + (", q in float16" if q.dtype == jnp.float32 else "")
+    path = "xla: decode + attend, block by block"
+    name = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(jax.default_backend())
+    if name is None:
+        return path
+    if reason := _refused_here(name, q, keys, values):
+        return f"{path} ({reason})"
+    rounded = name == "mosaic_gpu" and q.dtype == jnp.float32
+    return f"{name}: fused" + (", q in float16" if rounded else "")
 
 
 def _by_xla(operands: Any, **options: Any) -> Result:
@@ -59,9 +66,18 @@ def _by_xla(operands: Any, **options: Any) -> Result:
 
 def _on_cuda(operands: Any, **options: Any) -> Result:
     """Lowered on a machine without a GPU, for a Hopper one."""
-    if jax.default_backend() == "gpu" and not hopper.is_here():
+    other = jax.default_backend() == "gpu" and not hopper.is_here()
+    if other or mosaic_gpu.refusal(*operands[:3]):
         return _by_xla(operands, **options)
     return mosaic_gpu.decode_attention(*operands, **options)
 
 
-PACKED_ATTENTION = Op("packed_decode_attention", _by_xla, {"cuda": _on_cuda}, one_by_one)
+def _on_tpu(operands: Any, **options: Any) -> Result:
+    """Elsewhere than on a TPU jax must be told which one it is for: `jax.sharding.use_abstract_mesh`."""
+    if not tpu.is_named() or mosaic_tpu.refusal(*operands[:3]):
+        return _by_xla(operands, **options)
+    return mosaic_tpu.decode_attention(*operands, **options)
+
+
+ON = {"cuda": _on_cuda, "tpu": _on_tpu}
+PACKED_ATTENTION = Op("packed_decode_attention", _by_xla, ON, one_by_one)

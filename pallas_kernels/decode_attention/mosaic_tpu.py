@@ -31,6 +31,8 @@ from .rows import FullRows, Rows
 LOG2E = math.log2(math.e)
 NEVER = -1e30  # a score that is not seen
 HEADS = 8  # of the cache in a block, where there are more
+BLOCK_ROWS = 2**14  # of the cache in a block, at most
+CHUNK = 512
 MOST_QUERIES = 64  # of a head of the cache
 
 
@@ -39,12 +41,18 @@ class Config:
     """How an attention is cut.
 
     Attributes:
-      block: tokens of a step of the grid, a multiple of 1024.
-      chunk: tokens that are looked at together, a multiple of 128 that divides `block`.
+      block: tokens of a step of the grid, a multiple of `chunk`.
+      chunk: tokens that are looked at together, a multiple of 128.
     """
 
-    block: int = 1024
-    chunk: int = 256
+    block: int
+    chunk: int
+
+    @classmethod
+    def of(cls, heads: int, tokens: int) -> Config:
+        """Blocks that are worth the start of a step, but no less than 8 of them, so that copies overlap."""
+        block = min(BLOCK_ROWS // heads, tokens // 8)
+        return cls(max(1, block // CHUNK) * CHUNK, CHUNK)
 
 
 def refusal(q: Any, keys: Rows, values: Rows) -> str:
@@ -88,18 +96,18 @@ def decode_attention(
     x = hadamard(x) if getattr(keys.codec, "rotate", False) else x
     x = x.reshape(b, heads, group, h)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, -group % 8), (0, 0)))
-    exact = q.dtype != jnp.bfloat16
-    k = dataclasses.replace(tpu_rows.keys_of(keys), exact=exact)
-    v = tpu_rows.Values.of(values, exact)
+    rounding = tpu_rows.Rounding(exact=q.dtype != jnp.bfloat16, by_xla=bool(interpret))
+    k, v = tpu_rows.keys_of(keys, rounding), tpu_rows.Values.of(values, rounding)
+    together = heads if heads % HEADS else HEADS
     problem = _Problem(
-        config or Config(), k, v, heads if heads % HEADS else HEADS, keys.tokens, x.shape[2],
+        config or Config.of(together, keys.tokens), k, v, together, keys.tokens, x.shape[2],
         scale, soft_cap, window, interpret,
     )  # fmt: skip
     first, stop = _bounds(lengths, keys.tokens, window, seen)
     masks = [] if seen is None else [by_head(seen).astype(jnp.int8)]
     bounds = jnp.stack([first, stop], axis=-1)
     out, logs = problem(bounds, masks, k.queries(x), k.arrays(keys), v.arrays(values))
-    out, logs = out[:, :, :group], logs[:, :, :group, 0]
+    out, logs = v.in_order(out[:, :, :group]), logs[:, :, :group, 0]
     if getattr(values.codec, "rotate", False):
         out = hadamard(out)
     if full is not None:
@@ -171,22 +179,26 @@ class _Problem:
         b, heads = q[0].shape[:2]
         h, f32 = self.values.width, jnp.float32
         cuts = [*self.keys.cuts(), *self.values.cuts()]
+        orders = [*self.keys.orders(), *self.values.orders()]
         specs = [
             *map(self._of_head, q),
+            *(pl.BlockSpec(x.shape, lambda b, k, j, bounds: (0, 0)) for x in orders),
             *(self._of_tokens(x, (1, 1), whole=x.shape[1] == 1) for x in masks),
             *(self._of_tokens(x, cut) for x, cut in zip([*keys, *values], cuts)),
         ]
+        operands = [*q, *map(jnp.asarray, orders), *masks, *keys, *values]
         like = lambda n: jax.ShapeDtypeStruct((b, heads, self.queries, n), f32)
         rows = self.queries * self.values.groups
         scratch = [
-            (self.heads, self.queries, self.block),  # scores, then weights
-            *[(self.heads, self.queries, LANES)] * 2,  # the maximum and the sum, in every lane
+            *self.keys.scratch(self.heads, self.block, self.chunk),
+            *self.values.scratch(self.heads, self.block, self.chunk),
+            (self.heads, self.queries, self.block),  # scores
+            *[(self.heads, self.queries, LANES)] * 3,  # see `_kernel`
             (self.heads, rows, h),
-            *[(self.heads, rows, LANES)] * (self.values.levels.offset is not None),
-            *self.keys.scratch(self.heads, self.block),
+            *[(self.heads, rows, LANES)] * self.values.has_offsets,
         ]
         return pl.pallas_call(
-            functools.partial(_kernel, self, len(q), len(masks), len(keys)),
+            functools.partial(_kernel, self, len(q), len(masks)),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
                 grid=(b, heads // self.heads, self.steps),
@@ -201,7 +213,7 @@ class _Problem:
             ),
             name="low_bit_attention",
             interpret=self.interpret,
-        )(bounds, *q, *masks, *keys, *values)
+        )(bounds, *operands)
 
     def _of_head(self, x: Any) -> pl.BlockSpec:
         """All of some heads, ``[B, K, ...]``."""
@@ -223,15 +235,23 @@ class _Problem:
         return pl.BlockSpec(shape, at)
 
 
-def _kernel(p: _Problem, n_q: int, n_masks: int, n_keys: int, bounds: Any, *refs: Any) -> None:
-    """A block of tokens."""
+def _kernel(p: _Problem, n_q: int, n_masks: int, bounds: Any, *refs: Any) -> None:
+    """A block of tokens.
+
+    Beside sums, VMEM holds for each query: `top`, the maximum so far, in every lane; `peak`, the maximum of a block's
+    scores in each lane; `total`, the sum of the weights in each lane.
+    """
     take = iter(refs)
     some = lambda n: [next(take) for _ in range(n)]
-    q, masks, keys = some(n_q), some(n_masks), some(n_keys)
-    values = some(len(p.values.cuts()))
-    out, logs, scores, top, total, sums = some(6)
-    offsets = some(p.values.levels.offset is not None)
-    staged = list(take)
+    q, key_orders, value_orders = (
+        some(n_q),
+        some(len(p.keys.orders())),
+        some(len(p.values.orders())),
+    )
+    masks, keys, values = some(n_masks), some(len(p.keys.cuts())), some(len(p.values.cuts()))
+    out, logs = some(2)
+    key_tables, value_tables = some(len(keys) - 1), some(len(values) - 1)
+    scores, top, peak, total, sums, *offsets = take
     b, j = pl.program_id(0), pl.program_id(2)
     low, high = bounds[b, 0], bounds[b, 1]
     begin = (lax.div(low, p.block) + j) * p.block
@@ -242,59 +262,68 @@ def _kernel(p: _Problem, n_q: int, n_masks: int, n_keys: int, bounds: Any, *refs
         for ref in (total, sums, *offsets):
             ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
-    def seen(start: Any) -> list[jax.Array]:
-        """Of each head, ``bool[1, C]``."""
-        token = begin + start + lax.broadcasted_iota(jnp.int32, (1, p.chunk), 1)
+    def seen(start: Any, size: int) -> jax.Array:
+        """``bool[1 or K, size]``."""
+        token = begin + start + lax.broadcasted_iota(jnp.int32, (1, size), 1)
         inside = (token >= low) & (token < high)
-        if not masks:
-            return [inside] * p.heads
-        flags = masks[0][:, pl.ds(start, p.chunk)].astype(jnp.int32) != 0
-        own = lambda k: flags[k : k + 1] if flags.shape[0] > 1 else flags
-        return [inside & own(k) for k in range(p.heads)]
+        return (
+            inside & (masks[0][:, pl.ds(start, size)].astype(jnp.int32) != 0) if masks else inside
+        )
 
     def chunks(step: Any) -> None:
         @pl.loop(0, p.block // p.chunk)
         def _(i: Any) -> None:
             step(pl.multiple_of(i * p.chunk, p.chunk))
 
+    def tiles(x: jax.Array) -> list[jax.Array]:
+        return [x[:, i : i + LANES] for i in range(0, p.chunk, LANES)]
+
     def score(start: Any) -> None:
-        found = p.keys.scores(q, keys, staged, p.heads, start, p.chunk)
-        for k, (x, own) in enumerate(zip(found, seen(start))):
+        p.keys.stage(keys, key_tables, start)
+        inside = seen(start, p.chunk)
+        for k in range(p.heads):
+            x = p.keys.scores(q, key_orders, keys[0], key_tables, k, start, p.chunk)
             if p.soft_cap is not None:
                 x = jnp.tanh(x * (p.scale / p.soft_cap)) * (p.soft_cap * LOG2E)
             else:
                 x = x * (p.scale * LOG2E)
-            scores[k, :, pl.ds(start, p.chunk)] = jnp.where(own, x, NEVER)
+            own = inside if inside.shape[0] == 1 else inside[k : k + 1]
+            x = jnp.where(own, x, NEVER)
+            scores[k, :, pl.ds(start, p.chunk)] = x
+            peak[k] = functools.reduce(jnp.maximum, tiles(x), peak[k])
 
     def add(start: Any) -> None:
-        at = pl.ds(start, p.chunk)
-        weights = [scores[k, :, at] for k in range(p.heads)]
-        found = p.values.weighted(weights, seen(start), values, start, p.chunk)
-        for k, (x, offset) in enumerate(found):
+        p.values.stage(values, value_tables, start)
+        for k in range(p.heads):
+            base = jnp.concatenate([top[k]] * (p.chunk // LANES), axis=1)
+            weights = jnp.exp2(scores[k, :, pl.ds(start, p.chunk)] - base)
+            total[k] = sum(tiles(weights), start=total[k])
+            x, offset = p.values.sums(weights, value_orders, values[0], value_tables, k, start)
             sums[k] += x
             if offset is not None:
                 offsets[0][k] += offset
 
     @pl.when(begin < high)
     def _() -> None:
-        p.keys.stage(keys, staged)
+        p.keys.stage_block(keys, key_tables)
+        peak[...] = top[...]
         chunks(score)
-        best = jnp.maximum(top[:, :, :1], scores[...].max(-1, keepdims=True))
-        old = jnp.exp2(top[:, :, :1] - best)
-        weights = jnp.exp2(scores[...] - best)
-        scores[...] = weights
-        total[...] = total[...] * old + weights.sum(-1, keepdims=True)
+        best = peak[...].max(-1, keepdims=True)
+        old = jnp.exp2(top[...] - best)
         top[...] = jnp.broadcast_to(best, top.shape)
+        total[...] *= old
         old = jnp.concatenate([old] * p.values.groups, axis=1)
-        for ref in (sums, *offsets):
+        sums[...] *= old[:, :, :1]
+        for ref in offsets:
             ref[...] *= old
         chunks(add)
 
     @pl.when(j == p.steps - 1)
     def _() -> None:
-        there = top[:, :, :1] > NEVER
-        sum_of = jnp.where(there, total[:, :, :1], 1)
-        logs[...] = jnp.where(there, (top[:, :, :1] + jnp.log2(sum_of)) / LOG2E, -jnp.inf)
+        best = top[:, :, :1]
+        there = best > NEVER
+        sum_of = jnp.where(there, total[...].sum(-1, keepdims=True), 1)
+        logs[...] = jnp.where(there, (best + jnp.log2(sum_of)) / LOG2E, -jnp.inf)
         for k in range(p.heads):
-            found = p.values.gathered(sums[k], offsets[0][k] if offsets else None)
-            out[k] = jnp.where(there[k], found / sum_of[k], 0)
+            own = p.values.gathered(sums[k], offsets[0][k] if offsets else None, value_orders)
+            out[k] = jnp.where(there[k], own / sum_of[k], 0)

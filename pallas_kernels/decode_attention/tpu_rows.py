@@ -4,7 +4,7 @@ Nothing is copied for these views: XLA lays an array out with a long axis in the
 less than 128 bytes and for tables is that of the tokens.
 
 Letters, beside those of the operation: ``G`` scales of a row, ``Q`` rows of queries of a head of the cache, filled up
-to whole registers, ``C`` tokens at a time, ``P`` parts of a float32 operand.
+to whole registers, ``T`` tokens of a block, ``C`` tokens at a time, ``P`` parts of a float32 operand.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
 from ..codecs import PerChannel, PerToken
-from ..tpu import LANES, as_float32, loadable
+from ..tpu import LANES, finite, loadable, widened
 from .rows import Rows
 from .tpu_levels import Levels, levels_of
 
-Cut = tuple[int, int]  # of an array without its axis B: the axis of tokens, and of how many an entry is
+Cut = tuple[
+    int, int
+]  # of an array without its axis B: the axis of tokens, and of how many an entry is
 
 
-def keys_of(rows: Rows) -> TokenKeys | ChannelKeys:
-    return ChannelKeys.of(rows) if isinstance(rows.codec, PerChannel) else TokenKeys.of(rows)
+def keys_of(rows: Rows, rounding: Rounding) -> TokenKeys | ChannelKeys:
+    is_channel = isinstance(rows.codec, PerChannel)
+    return ChannelKeys.of(rows, rounding) if is_channel else TokenKeys.of(rows, rounding)
 
 
 def refusal(rows: Rows, *, keys: bool) -> str:
@@ -40,25 +44,59 @@ def refusal(rows: Rows, *, keys: bool) -> str:
         return f"rows of {rows.width} elements, no multiple of 64"
     if isinstance(codec, PerToken):
         return ""
-    if codec.tokens not in (32, 64) or (codec.codec.group or codec.tokens) < codec.tokens:
+    group = codec.codec.group  # pyright: ignore[reportAttributeAccessIssue]
+    if codec.tokens not in (32, 64) or (group or codec.tokens) < codec.tokens:
         return f"{codec.name}: a block has 32 or 64 tokens and a channel one group"
     return f"{rows.width} channels are no multiple of {LANES}" if rows.width % LANES else ""
 
 
-def halves(x: jax.Array, exact: bool) -> tuple[jax.Array, jax.Array]:
-    """``f32[n, m]`` as an operand ``bf16[P n, m]``, and what that stands for as float32."""
-    high = x.astype(jnp.bfloat16)
-    if not exact:
-        return high, high.astype(jnp.float32)
-    low = x - high.astype(jnp.float32)
-    return jnp.concatenate([high, low.astype(jnp.bfloat16)], axis=-2), x
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """How float32 becomes operands of the matrix unit.
+
+    Attributes:
+      exact: by two parts of bfloat16.
+      by_xla: in code that XLA compiles, which drops a conversion to bfloat16 and back unless it is told.
+    """
+
+    exact: bool
+    by_xla: bool
+
+    @property
+    def parts(self) -> int:
+        """P."""
+        return 2 if self.exact else 1
+
+    def halves(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``f32[..., n, m]`` as an operand ``bf16[..., P n, m]``, and what that stands for as float32."""
+        high, rounded = self._rounded(x)
+        if not self.exact:
+            return high, rounded
+        low, rest = self._rounded(x - rounded)
+        return jnp.concatenate([high, low], axis=-2), rounded + rest
+
+    def _rounded(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if self.by_xla:
+            x = lax.reduce_precision(x, 8, 7)
+            return x.astype(jnp.bfloat16), x
+        return x.astype(jnp.bfloat16), x.astype(jnp.bfloat16).astype(jnp.float32)
+
+    def dot(self, a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+        """``f32[n, m]`` of an operand of `halves`, over its columns and an axis of `b`."""
+        y = lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+        n = y.shape[0] // 2
+        return y[:n] + y[n:] if self.exact else y
 
 
-def dot(a: jax.Array, b: jax.Array, axis: int, exact: bool) -> jax.Array:
-    """``f32[n, m]`` of an operand of `halves`, over its columns and an axis of `b`."""
-    y = lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
-    n = y.shape[0] // 2
-    return y[:n] + y[n:] if exact else y
+def rearranged(x: jax.Array, order: jax.Array) -> jax.Array:
+    """``f32[Q, C]``, the lanes of each tile put into an order ``i32[1, LANES]``."""
+    tile = lambda i: jnp.take_along_axis(
+        x[:, i : i + LANES],
+        jnp.broadcast_to(order, (x.shape[0], LANES)),
+        axis=1,
+        mode="promise_in_bounds",
+    )
+    return jnp.concatenate([tile(i) for i in range(0, x.shape[1], LANES)], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +107,6 @@ class TokenRows:
       row_bytes: of codes.
       group, groups: elements that a scale covers, and G.
       width: H.
-      exact: float32 operands are multiplied as such.
     """
 
     levels: Levels
@@ -77,15 +114,15 @@ class TokenRows:
     group: int
     groups: int
     width: int
-    exact: bool
+    rounding: Rounding
 
     @classmethod
-    def of(cls, rows: Rows, exact: bool = False) -> Self:
+    def of(cls, rows: Rows, rounding: Rounding) -> Self:
         codec: Any = rows.codec.codec  # pyright: ignore[reportAttributeAccessIssue]
         levels = levels_of(codec)
         assert levels is not None
         row_bytes, groups = (rows.parts[name].shape[-1] for name in ("codes", "scale"))
-        return cls(levels, row_bytes, codec.group or rows.width, groups, rows.width, exact)
+        return cls(levels, row_bytes, codec.group or rows.width, groups, rows.width, rounding)
 
     @property
     def in_lanes(self) -> bool:
@@ -104,22 +141,54 @@ class TokenRows:
         codes = (2, 1) if self.in_lanes else (1, 1)
         return [codes, *[((1, 1) if self.groups == 1 else (2, 1)) for _ in self.levels.tables]]
 
+    def scratch(self, heads: int, block: int, chunk: int) -> list[tuple[int, ...]]:
+        """Tables of C tokens as float32, ``[K G, C]``."""
+        return [(heads * self.groups, chunk) for _ in self.levels.tables]
+
+    def stage_block(self, refs: list[Any], scratch: list[Any]) -> None:
+        """Before a block."""
+
+    def stage(self, refs: list[Any], scratch: list[Any], start: Any) -> None:
+        """Before C tokens: whole registers of tables at a time."""
+        rows, size = scratch[0].shape
+        at, step = pl.ds(start, size), max(1, 8 // self.groups)
+        for k in range(0, rows // self.groups, step):
+            heads = range(k, min(k + step, rows // self.groups))
+            tables = [self._of_heads(t, heads, at) for t in refs[1:]]
+            first = k * self.groups
+            for to, x in zip(scratch, self.levels.load(tables)):
+                to[first : first + x.shape[0], :] = x
+
+    def _of_heads(self, table: Any, heads: range, at: Any) -> jax.Array:
+        """``f32[len(heads) G, C]``."""
+        if self.groups == 1:
+            return finite(widened(table[heads.start : heads.stop, at]))
+        return finite(jnp.concatenate([widened(table[k, :, at]) for k in heads]))
+
     def operand(self, codes: Any, head: int, start: Any, size: int) -> jax.Array:
-        """Levels ``bf16[H, C]`` or, where tokens are not in lanes, ``bf16[C, H]``."""
-        at = pl.ds(start, size)
-        part = codes[head, :, at] if self.in_lanes else codes[head, at, :]
-        pieces = self.levels.of(part, jnp.bfloat16)
-        return jnp.concatenate(pieces, axis=0 if self.in_lanes else 1)
+        """Levels ``bf16[H, C]`` or, where tokens are not in lanes, ``bf16[C, H]``; rows in `order`."""
+        if self.in_lanes:
+            return jnp.concatenate(self.levels.of(codes[head, :, pl.ds(start, size)]), axis=0)
+        tiles = [
+            self.levels.of(codes[head, pl.ds(start + i, LANES), :]) for i in range(0, size, LANES)
+        ]
+        return jnp.concatenate([jnp.concatenate(x, axis=1) for x in tiles], axis=0)
 
-    def load(self, tables: list[Any], start: Any, size: int) -> list[jax.Array]:
-        """The tables of C tokens, ``f32[K, C]`` or ``f32[K, G, C]``: scales, and zero points or means."""
-        scale, *offset = [as_float32(t[..., pl.ds(start, size)]) for t in tables]
-        zero = self.levels.zero if self.levels.offset == "zero" else lambda x: x
-        return [scale * self.levels.unit, *map(zero, offset)]
+    @property
+    def elements(self) -> np.ndarray:
+        """Of the columns of a product."""
+        return self.levels.order(self.row_bytes) if self.in_lanes else np.arange(self.width)
 
-    def entry(self, table: jax.Array, head: int, group: int) -> jax.Array:
-        """``[1, C]`` of what `load` gives."""
-        return table[head : head + 1] if self.groups == 1 else table[head, group : group + 1]
+    @property
+    def tokens(self) -> np.ndarray | None:
+        """Of the lanes of a tile, None where they are in order."""
+        in_order = self.in_lanes or self.levels.bits == 8
+        return None if in_order else self.levels.order(LANES)[:LANES]
+
+    def entry(self, table: Any, head: int, group: int) -> jax.Array:
+        """``[1, C]`` of a table of `scratch`."""
+        row = head * self.groups + group
+        return table[row : row + 1, :]
 
     def rows(self, x: jax.Array, group: int) -> jax.Array:
         """``[Q, ...]`` of a group, of ``[G Q, ...]``."""
@@ -132,96 +201,95 @@ class TokenKeys(TokenRows):
 
     def queries(self, x: jax.Array) -> list[jax.Array]:
         """``f32[B, K, Q, H]`` as ``bf16[B, K, P G Q, H]``, and sums over groups, if any, ``f32[B, K, G Q, LANES]``."""
-        own = jnp.arange(self.width) // self.group == jnp.arange(self.groups)[:, None, None]
-        x = jnp.where(own, x[:, :, None], 0).reshape(*x.shape[:2], -1, self.width)
-        x, rounded = halves(x, self.exact)
+        own = self.elements // self.group == np.arange(self.groups)[:, None, None]
+        x = jnp.where(own, x[:, :, None, :, self.elements], 0)
+        outside = dataclasses.replace(self.rounding, by_xla=True)
+        x, rounded = outside.halves(x.reshape(*x.shape[:2], -1, self.width))
+        if not self.levels.zero and not self.levels.mean:
+            return [x]
         sums = rounded.sum(-1, keepdims=True)
-        wide = jnp.broadcast_to(sums, (*sums.shape[:-1], LANES))
-        return [x, wide] if self.levels.offset else [x]
+        return [x, jnp.broadcast_to(sums, (*sums.shape[:-1], LANES))]
 
-    def scratch(self, heads: int, tokens: int) -> list[tuple[int, ...]]:
-        return []
-
-    def stage(self, refs: list[Any], scratch: list[Any]) -> None:
-        """Before a block."""
+    def orders(self) -> list[np.ndarray]:
+        """``i32[1, LANES]`` each."""
+        return [] if self.tokens is None else [np.argsort(self.tokens)[None].astype(np.int32)]
 
     def scores(
-        self, q: list[Any], refs: list[Any], scratch: list[Any], heads: int, start: Any, size: int
-    ) -> list[jax.Array]:
-        """``f32[Q, C]`` of each head."""
-        codes, *tables = refs
-        loaded = self.load(tables, start, size)
-        return [
-            self._scores(q, codes, [self._by_group(t, k) for t in loaded], k, start, size)
-            for k in range(heads)
-        ]
-
-    def _by_group(self, table: jax.Array, head: int) -> list[jax.Array]:
-        return [self.entry(table, head, g) for g in range(self.groups)]
-
-    def _scores(
-        self, q: list[Any], codes: Any, tables: list[list[jax.Array]], head: int, start: Any, size: int
+        self, q: list[Any], orders: list[Any], codes: Any, tables: list[Any], head: int, start: Any, size: int
     ) -> jax.Array:  # fmt: skip
+        """``f32[Q, C]``."""
         made = self.operand(codes, head, start, size)
-        dots = dot(q[0][head], made, 0 if self.in_lanes else 1, self.exact)
-        total = jnp.zeros((), jnp.float32)
-        for g, scale in enumerate(tables[0]):
-            one = self.rows(dots, g)
-            if not self.levels.offset:
-                total += one * scale
-                continue
-            sums = self.rows(q[1][head], g)
-            shift = tables[1][g] * jnp.concatenate([sums] * (size // LANES), axis=1)
-            is_mean = self.levels.offset == "mean"
-            total += one * scale + shift if is_mean else (one - shift) * scale
-        return total
+        dots = self.rounding.dot(q[0][head], made, 0 if self.in_lanes else 1)
+        dots = rearranged(dots, orders[0][...]) if orders else dots
+        found = [self._of_group(q, dots, tables, head, g) for g in range(self.groups)]
+        return sum(found[1:], start=found[0])
+
+    def _of_group(
+        self, q: list[Any], dots: jax.Array, tables: list[Any], head: int, group: int
+    ) -> jax.Array:  # fmt: skip
+        y = self.rows(dots, group)
+        size = y.shape[1]
+        table = lambda i: self.entry(tables[i], head, group)
+        if len(q) == 1:
+            return y * table(0)
+        sums = jnp.concatenate([self.rows(q[1][head], group)] * (size // LANES), axis=1)
+        zero = table(1) if self.levels.zero_table else self.levels.zero
+        y = (y - sums * zero if self.levels.zero else y) * table(0)
+        return y + sums * table(-1) if self.levels.mean else y
 
 
 class Values(TokenRows):
     """Values in rows: weights come once for each group, times its scales, and each meets all columns of the rows."""
 
-    def weighted(
-        self, weights: list[jax.Array], seen: list[jax.Array], refs: list[Any], start: Any, size: int
-    ) -> list[tuple[jax.Array, jax.Array | None]]:  # fmt: skip
-        """For each head the sums ``f32[G Q, H]``, and what offsets add to them, ``f32[G Q, LANES]`` to be summed.
+    def orders(self) -> list[np.ndarray]:
+        """Groups of the columns of a product, ``i32[1, H]``, and the order of tokens ``i32[1, LANES]``."""
+        groups = [self.elements // self.group] if self.groups > 1 else []
+        tokens = [] if self.tokens is None else [self.tokens]
+        return [x[None].astype(np.int32) for x in (*groups, *tokens)]
 
-        Args:
-          weights: of each head, ``f32[Q, C]``.
-          seen: of each head, ``bool[1, C]``: the tables of other tokens may hold anything.
-        """
-        codes, *tables = refs
-        loaded = self.load(tables, start, size)
-        return [
-            self._weighted(w, hidden, codes, loaded, k, start, size)
-            for k, (w, hidden) in enumerate(zip(weights, seen))
-        ]
+    @property
+    def has_offsets(self) -> bool:
+        return bool(self.levels.zero) or self.levels.mean
 
-    def _weighted(
-        self, weights: jax.Array, seen: jax.Array, codes: Any, tables: list[jax.Array], head: int, start: Any, size: int
+    def sums(
+        self, weights: jax.Array, orders: list[Any], codes: Any, tables: list[Any], head: int, start: Any
     ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
-        entry = lambda t, g: jnp.where(seen, self.entry(t, head, g), 0)
-        scaled = [weights * entry(tables[0], g) for g in range(self.groups)]
-        x, rounded = halves(jnp.concatenate(scaled, axis=0), self.exact)
+        """Of weights ``f32[Q, C]`` the sums ``f32[G Q, H]``, and what to add to them, ``f32[G Q, LANES]`` by lanes."""
+        size = weights.shape[1]
+        table = lambda i, g: self.entry(tables[i], head, g)
+        groups = range(self.groups)
+        scaled = jnp.concatenate([weights * table(0, g) for g in groups], axis=0)
+        x, rounded = self.rounding.halves(scaled)
+        if self.tokens is not None:
+            x = rearranged(x.astype(jnp.float32), orders[-1][...]).astype(jnp.bfloat16)
         made = self.operand(codes, head, start, size)
-        sums = dot(x, made, 1 if self.in_lanes else 0, self.exact)
-        if not self.levels.offset:
-            return sums, None
-        if self.levels.offset == "mean":
-            terms = [weights * entry(tables[1], g) for g in range(self.groups)]
-        else:
-            terms = [-self.rows(rounded, g) * entry(tables[1], g) for g in range(self.groups)]
-        terms = jnp.concatenate(terms, axis=0)
-        return sums, sum(terms[:, i : i + LANES] for i in range(0, size, LANES))  # pyright: ignore
+        found = self.rounding.dot(x, made, 1 if self.in_lanes else 0)
+        if not self.has_offsets:
+            return found, None
+        terms = []
+        for g in groups:
+            term = jnp.zeros((), jnp.float32)
+            if self.levels.zero:
+                zero = table(1, g) if self.levels.zero_table else self.levels.zero
+                term -= self.rows(rounded, g) * zero
+            terms.append(term + weights * table(-1, g) if self.levels.mean else term)
+        lanes = [
+            jnp.concatenate([t[:, i : i + LANES] for t in terms]) for i in range(0, size, LANES)
+        ]
+        return found, sum(lanes[1:], start=lanes[0])
 
-    def gathered(self, sums: jax.Array, offsets: jax.Array | None) -> jax.Array:
-        """``f32[Q, H]`` of all that `weighted` gave for a head: each group's columns."""
+    def gathered(self, sums: jax.Array, offsets: jax.Array | None, orders: list[Any]) -> jax.Array:
+        """``f32[Q, H]`` of all that `sums` gave for a head: each group's columns."""
         if offsets is not None:
             sums += offsets.sum(-1, keepdims=True)
-        column = lax.broadcasted_iota(jnp.int32, (1, self.width), 1)
         out = self.rows(sums, 0)
         for g in range(1, self.groups):
-            out = jnp.where(column >= g * self.group, self.rows(sums, g), out)
+            out = jnp.where(orders[0][...] == g, self.rows(sums, g), out)
         return out
+
+    def in_order(self, x: jax.Array) -> jax.Array:
+        """Columns of `gathered` by element."""
+        return x[..., np.argsort(self.elements)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,25 +299,19 @@ class ChannelKeys:
     Attributes:
       tokens: of a block.
       width: H.
-      exact: float32 operands are multiplied as such.
     """
 
     levels: Levels
     tokens: int
     width: int
-    exact: bool
+    rounding: Rounding
 
     @classmethod
-    def of(cls, rows: Rows, exact: bool = False) -> Self:
+    def of(cls, rows: Rows, rounding: Rounding) -> Self:
         codec: Any = rows.codec
         levels = levels_of(codec.codec)
         assert levels is not None
-        return cls(levels, codec.tokens, rows.width, exact)
-
-    @property
-    def bytes(self) -> int:
-        """Of a channel in a block."""
-        return self.tokens // self.levels.pieces
+        return cls(levels, codec.tokens, rows.width, rounding)
 
     def arrays(self, rows: Rows) -> list[jax.Array]:
         """Codes ``[B, K, S / pieces, H]`` and tables ``[B, K, S / tokens, H]``."""
@@ -264,55 +326,64 @@ class ChannelKeys:
         """``f32[B, K, Q, H]`` as it is."""
         return [x]
 
-    def scratch(self, heads: int, tokens: int) -> list[tuple[int, ...]]:
+    def scratch(self, heads: int, block: int, chunk: int) -> list[tuple[int, ...]]:
         """Tables of a block as float32."""
-        return [(heads, math.ceil(tokens / self.tokens), self.width) for _ in self.levels.tables]
+        return [(heads, math.ceil(block / self.tokens), self.width) for _ in self.levels.tables]
 
-    def stage(self, refs: list[Any], scratch: list[Any]) -> None:
-        scale, *offset = [as_float32(t[...]) for t in refs[1:]]
-        scratch[0][...] = scale * self.levels.unit
-        for to, x in zip(scratch[1:], offset):
-            to[...] = self.levels.zero(x) if self.levels.offset == "zero" else x
+    def stage_block(self, refs: list[Any], scratch: list[Any]) -> None:
+        """Before a block."""
+        for k in range(scratch[0].shape[0]):
+            found = self.levels.load([finite(widened(t[k])) for t in refs[1:]])
+            for to, x in zip(scratch, found):
+                to[k] = x
+
+    def stage(self, refs: list[Any], scratch: list[Any], start: Any) -> None:
+        """Before C tokens."""
+
+    def orders(self) -> list[np.ndarray]:
+        """Blocks of the lanes of a tile's scores, and the order to put them into: ``i32[1, LANES]`` each."""
+        token = self._token
+        return [x[None].astype(np.int32) for x in (token // self.tokens, np.argsort(token))]
+
+    @property
+    def _token(self) -> np.ndarray:
+        """Of the lanes of a tile."""
+        n = LANES // self.levels.pieces
+        piece, row = divmod(self.levels.order(n), n)
+        of_block = self.tokens // self.levels.pieces
+        return row // of_block * self.tokens + piece * of_block + row % of_block
 
     def scores(
-        self, q: list[Any], refs: list[Any], scratch: list[Any], heads: int, start: Any, size: int
-    ) -> list[jax.Array]:
-        """``f32[Q, C]`` of each head."""
-        tiles = [start + i for i in range(0, size, LANES)]
-        one = lambda k: [self._tile(q[0][k], refs[0], scratch, k, at) for at in tiles]
-        return [jnp.concatenate(one(k), axis=1) for k in range(heads)]
+        self, q: list[Any], orders: list[Any], codes: Any, tables: list[Any], head: int, start: Any, size: int
+    ) -> jax.Array:  # fmt: skip
+        """``f32[Q, C]``."""
+        tile = lambda i: self._tile(q[0][head], orders[0][...], codes, tables, head, start + i)
+        found = jnp.concatenate([tile(i) for i in range(0, size, LANES)], axis=1)
+        return found if self.levels.bits == 8 else rearranged(found, orders[1][...])
 
     def _tile(
-        self, q: jax.Array, codes: Any, scratch: list[Any], head: int, start: Any
+        self, q: jax.Array, block: jax.Array, codes: Any, tables: list[Any], head: int, start: Any
     ) -> jax.Array:
         """``f32[Q, LANES]``: of a product of all blocks' queries with all tokens, each block's own."""
-        blocks = LANES // self.tokens
-        row = lambda t, i: t[head, pl.ds(start // self.tokens + i, 1), :]
-        table = lambda t: [row(t, i) for i in range(blocks)]
-        scaled = jnp.concatenate([q * s for s in table(scratch[0])], axis=0)
-        x, rounded = halves(scaled, self.exact)
-        sums = dot(x, self._operand(codes, head, start), 1, self.exact)
-        n = q.shape[0]
-        if self.levels.offset:
-            offsets = table(scratch[1])
-            if self.levels.offset == "mean":
-                terms = [q * o for o in offsets]
+        blocks, n = LANES // self.tokens, q.shape[0]
+        first = lax.div(start, self.tokens)
+        rows = lambda t: [t[head, pl.ds(first + i, 1), :] for i in range(blocks)]
+        x, rounded = self.rounding.halves(jnp.concatenate([q * s for s in rows(tables[0])]))
+        part = LANES // self.levels.pieces
+        at = pl.multiple_of(lax.div(start, self.levels.pieces), part)
+        made = jnp.concatenate(self.levels.of(codes[head, pl.ds(at, part), :]), axis=0)
+        found = self.rounding.dot(x, made, 1)
+        if self.levels.zero:
+            if self.levels.zero_table:
+                zeros = jnp.concatenate([jnp.broadcast_to(z, q.shape) for z in rows(tables[1])])
+                rounded *= zeros
             else:
-                terms = [-rounded[i * n : (i + 1) * n] * o for i, o in enumerate(offsets)]
-            sums += jnp.concatenate(terms, axis=0).sum(-1, keepdims=True)
-        token = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-        out = sums[:n]
+                rounded *= self.levels.zero
+            found -= rounded.sum(-1, keepdims=True)
+        if self.levels.mean:
+            terms = jnp.concatenate([q * m for m in rows(tables[-1])])
+            found += terms.sum(-1, keepdims=True)
+        out = found[:n]
         for i in range(1, blocks):
-            out = jnp.where(token >= i * self.tokens, sums[i * n : (i + 1) * n], out)
+            out = jnp.where(block == i, found[i * n : (i + 1) * n], out)
         return out
-
-    def _operand(self, codes: Any, head: int, start: Any) -> jax.Array:
-        """Levels ``bf16[LANES tokens, H]`` in order."""
-        pieces = self.levels.pieces
-        at = pl.multiple_of(start // pieces, LANES // pieces)
-        part = codes[head, pl.ds(at, LANES // pieces), :]
-        # pieces of a block are put behind each other: whole registers, of float32 where they are but 8 rows
-        dtype = jnp.float32 if self.bytes % 16 else jnp.bfloat16
-        made = [x.reshape(-1, self.bytes, self.width) for x in self.levels.of(part, dtype)]
-        whole = jnp.concatenate(made, axis=1)
-        return whole.reshape(LANES, self.width).astype(jnp.bfloat16)
