@@ -55,6 +55,11 @@ class Config:
         return cls(max(1, block // CHUNK) * CHUNK, CHUNK)
 
 
+def heads_together(heads: int) -> int:
+    """Heads of the cache in a block: all, unless they are whole registers."""
+    return heads if heads % HEADS else HEADS
+
+
 def refusal(q: Any, keys: Rows, values: Rows) -> str:
     """Why this kernel can't take them; "" where it can."""
     if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -98,7 +103,7 @@ def decode_attention(
     x = jnp.pad(x, ((0, 0), (0, 0), (0, -group % 8), (0, 0)))
     rounding = tpu_rows.Rounding(exact=q.dtype != jnp.bfloat16, by_xla=bool(interpret))
     k, v = tpu_rows.keys_of(keys, rounding), tpu_rows.Values.of(values, rounding)
-    together = heads if heads % HEADS else HEADS
+    together = heads_together(heads)
     problem = _Problem(
         config or Config.of(together, keys.tokens), k, v, together, keys.tokens, x.shape[2],
         scale, soft_cap, window, interpret,
