@@ -2,7 +2,7 @@
 
   python -m stowax.experiments.tpu_attention_estimates --cases=1x32768,16x8192 --chips=v5e,v6e
 
-Needs `libtpu` (``pip install stowax[tpu]``), about 10 s a row on 2 cores. Columns and how to read them are those of
+Needs `libtpu` (``pip install stowax[tpu]``), 10 to 40 s a row on 2 cores. Columns and how to read them are those of
 `tpu_estimates`, and besides:
 
 * ``bf16`` is XLA's own attention to a bfloat16 cache, ``xla`` decodes blocks of tokens and attends to them. Time and
@@ -42,9 +42,12 @@ SPECS = flags.DEFINE_list(
     ["bf16", "int8", "int4-g64-sym", "int4-g64-sym-bf16", "int4-g32", "kivi4", "kivi2", "kv4", "kv2"],
     "bf16, row codecs, or methods of `kv_methods`: the codecs of their keys and values.",
 )  # fmt: skip
+PATHS = flags.DEFINE_list("paths", ["xla", "mosaic_tpu"], "Of packed caches.")
 HEADS = flags.DEFINE_string("heads", "32x8x128", "Query heads x heads of the cache x elements.")
 
-HEADER = ("chip", "cache", "B x S", "path", "memory us", "compute us", "compiler us", "copied MB", "MB accessed")  # fmt: skip
+HEADER = (
+    "chip", "cache", "B x S", "path", "memory us", "compute us", "compiler us", "copied MB", "MB accessed",
+)  # fmt: skip
 OPTIONS: dict[str, Any] = {"scale": 0.09, "soft_cap": None, "window": None}
 
 
@@ -93,6 +96,7 @@ def estimate(chip: str, spec: str, b: int, s: int, path: str, dump: str) -> dict
     compiled = tpu_estimates.compile_for(chip, f, q, keys, values, lengths)
     cost: Any = compiled.cost_analysis()
     is_ours = path == "mosaic_tpu"
+    is_known = not is_ours and cost["optimal_seconds"] > 0
     trips = s // xla.block_of(keys, values) if path == "xla" else 1
     leaves = jax.tree.leaves((keys, values))
     nbytes = lambda xs: sum(x.size * x.dtype.itemsize for x in xs)
@@ -104,7 +108,7 @@ def estimate(chip: str, spec: str, b: int, s: int, path: str, dump: str) -> dict
         "path": path,
         "memory_s": nbytes(leaves) / CHIPS[chip].bandwidth,
         "compute_s": cycles(dump, keys, b) / CHIPS[chip].clock if is_ours else None,
-        "compiler_s": None if is_ours else trips * cost["optimal_seconds"],
+        "compiler_s": trips * cost["optimal_seconds"] if is_known else None,
         "copied_bytes": nbytes(x for x in leaves if x.dtype == jnp.float16) if is_ours else None,
         "bytes_accessed": None if is_ours else trips * cost["bytes accessed"],
     }
@@ -133,7 +137,7 @@ def main(_: list[str]) -> None:
         tpu_estimates.prepare(dump)
         for chip, case, spec in itertools.product(CHIP_NAMES.value, CASES.value, SPECS.value):
             b, s = map(int, case.split("x"))
-            for path in ("bf16",) if spec == "bf16" else ("xla", "mosaic_tpu"):
+            for path in ["bf16"] if spec == "bf16" else PATHS.value:
                 rows.append(estimate(chip, spec, b, s, path, dump))
                 print(*line(rows[-1]), sep="\t", flush=True)
                 write_json(Path(OUT.value), {"jax": jax.__version__, "rows": rows})

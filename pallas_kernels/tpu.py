@@ -25,6 +25,19 @@ def four_bytes(value: int) -> jax.Array:
     return jnp.int32(int.from_bytes(bytes([value] * 4), signed=True))
 
 
+def lookup(x: jax.Array, lanes: jax.Array) -> jax.Array:
+    """``x[i, lanes[i, j]]``, both ``[n, LANES]``; `jnp.take_along_axis` would spend instructions on negative lanes."""
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(),
+        collapsed_slice_dims=(1,),
+        start_index_map=(1,),
+        operand_batching_dims=(0,),
+        start_indices_batching_dims=(0,),
+    )
+    mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    return lax.gather(x, lanes[..., None], numbers, (1, 1), mode=mode)
+
+
 def loadable(x: jax.Array) -> jax.Array:
     """`x`, float16 as its bits."""
     return lax.bitcast_convert_type(x, jnp.int16) if x.dtype == jnp.float16 else x

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..codecs import PerChannel, PerToken
-from ..tpu import LANES, finite, loadable, widened
+from ..tpu import LANES, finite, loadable, lookup, widened
 from .rows import Rows
 from .tpu_levels import Levels, levels_of
 
@@ -90,13 +90,9 @@ class Rounding:
 
 def rearranged(x: jax.Array, order: jax.Array) -> jax.Array:
     """``f32[Q, C]``, the lanes of each tile put into an order ``i32[1, LANES]``."""
-    tile = lambda i: jnp.take_along_axis(
-        x[:, i : i + LANES],
-        jnp.broadcast_to(order, (x.shape[0], LANES)),
-        axis=1,
-        mode="promise_in_bounds",
-    )
-    return jnp.concatenate([tile(i) for i in range(0, x.shape[1], LANES)], axis=1)
+    order = jnp.broadcast_to(order, (x.shape[0], LANES))
+    tiles = [lookup(x[:, i : i + LANES], order) for i in range(0, x.shape[1], LANES)]
+    return jnp.concatenate(tiles, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,13 +161,13 @@ class TokenRows:
             return finite(widened(table[heads.start : heads.stop, at]))
         return finite(jnp.concatenate([widened(table[k, :, at]) for k in heads]))
 
-    def operand(self, codes: Any, head: int, start: Any, size: int) -> jax.Array:
+    def operand(self, codes: Any, orders: list[Any], head: int, start: Any, size: int) -> jax.Array:
         """Levels ``bf16[H, C]`` or, where tokens are not in lanes, ``bf16[C, H]``; rows in `order`."""
+        constants = [x[...] for x in orders[len(orders) - len(self.levels.constants()) :]]
+        of = lambda *at: self.levels.of(codes[head, *at], constants)
         if self.in_lanes:
-            return jnp.concatenate(self.levels.of(codes[head, :, pl.ds(start, size)]), axis=0)
-        tiles = [
-            self.levels.of(codes[head, pl.ds(start + i, LANES), :]) for i in range(0, size, LANES)
-        ]
+            return jnp.concatenate(of(slice(None), pl.ds(start, size)), axis=0)
+        tiles = [of(pl.ds(start + i, LANES), slice(None)) for i in range(0, size, LANES)]
         return jnp.concatenate([jnp.concatenate(x, axis=1) for x in tiles], axis=0)
 
     @property
@@ -211,16 +207,17 @@ class TokenKeys(TokenRows):
         return [x, jnp.broadcast_to(sums, (*sums.shape[:-1], LANES))]
 
     def orders(self) -> list[np.ndarray]:
-        """``i32[1, LANES]`` each."""
-        return [] if self.tokens is None else [np.argsort(self.tokens)[None].astype(np.int32)]
+        """The order to put tokens into, if any, and constants of levels: ``i32[1, LANES]`` each."""
+        tokens = [] if self.tokens is None else [np.argsort(self.tokens)[None].astype(np.int32)]
+        return tokens + self.levels.constants()
 
     def scores(
         self, q: list[Any], orders: list[Any], codes: Any, tables: list[Any], head: int, start: Any, size: int
     ) -> jax.Array:  # fmt: skip
         """``f32[Q, C]``."""
-        made = self.operand(codes, head, start, size)
+        made = self.operand(codes, orders, head, start, size)
         dots = self.rounding.dot(q[0][head], made, 0 if self.in_lanes else 1)
-        dots = rearranged(dots, orders[0][...]) if orders else dots
+        dots = dots if self.tokens is None else rearranged(dots, orders[0][...])
         found = [self._of_group(q, dots, tables, head, g) for g in range(self.groups)]
         return sum(found[1:], start=found[0])
 
@@ -242,10 +239,11 @@ class Values(TokenRows):
     """Values in rows: weights come once for each group, times its scales, and each meets all columns of the rows."""
 
     def orders(self) -> list[np.ndarray]:
-        """Groups of the columns of a product, ``i32[1, H]``, and the order of tokens ``i32[1, LANES]``."""
+        """Groups of the columns of a product, ``i32[1, H]``, the order of tokens, if any, and constants of levels."""
         groups = [self.elements // self.group] if self.groups > 1 else []
         tokens = [] if self.tokens is None else [self.tokens]
-        return [x[None].astype(np.int32) for x in (*groups, *tokens)]
+        found = [x[None].astype(np.int32) for x in (*groups, *tokens)]
+        return found + self.levels.constants()
 
     @property
     def has_offsets(self) -> bool:
@@ -261,8 +259,8 @@ class Values(TokenRows):
         scaled = jnp.concatenate([weights * table(0, g) for g in groups], axis=0)
         x, rounded = self.rounding.halves(scaled)
         if self.tokens is not None:
-            x = rearranged(x.astype(jnp.float32), orders[-1][...]).astype(jnp.bfloat16)
-        made = self.operand(codes, head, start, size)
+            x = rearranged(x.astype(jnp.float32), orders[self.groups > 1][...]).astype(jnp.bfloat16)
+        made = self.operand(codes, orders, head, start, size)
         found = self.rounding.dot(x, made, 1 if self.in_lanes else 0)
         if not self.has_offsets:
             return found, None
@@ -343,7 +341,8 @@ class ChannelKeys:
     def orders(self) -> list[np.ndarray]:
         """Blocks of the lanes of a tile's scores, and the order to put them into: ``i32[1, LANES]`` each."""
         token = self._token
-        return [x[None].astype(np.int32) for x in (token // self.tokens, np.argsort(token))]
+        found = [x[None].astype(np.int32) for x in (token // self.tokens, np.argsort(token))]
+        return found + self.levels.constants()
 
     @property
     def _token(self) -> np.ndarray:
@@ -357,21 +356,22 @@ class ChannelKeys:
         self, q: list[Any], orders: list[Any], codes: Any, tables: list[Any], head: int, start: Any, size: int
     ) -> jax.Array:  # fmt: skip
         """``f32[Q, C]``."""
-        tile = lambda i: self._tile(q[0][head], orders[0][...], codes, tables, head, start + i)
+        tile = lambda i: self._tile(q[0][head], orders, codes, tables, head, start + i)
         found = jnp.concatenate([tile(i) for i in range(0, size, LANES)], axis=1)
         return found if self.levels.bits == 8 else rearranged(found, orders[1][...])
 
     def _tile(
-        self, q: jax.Array, block: jax.Array, codes: Any, tables: list[Any], head: int, start: Any
+        self, q: jax.Array, orders: list[Any], codes: Any, tables: list[Any], head: int, start: Any
     ) -> jax.Array:
         """``f32[Q, LANES]``: of a product of all blocks' queries with all tokens, each block's own."""
         blocks, n = LANES // self.tokens, q.shape[0]
         first = lax.div(start, self.tokens)
         rows = lambda t: [t[head, pl.ds(first + i, 1), :] for i in range(blocks)]
         x, rounded = self.rounding.halves(jnp.concatenate([q * s for s in rows(tables[0])]))
+        constants = [x[...] for x in orders[2:]]
         part = LANES // self.levels.pieces
         at = pl.multiple_of(lax.div(start, self.levels.pieces), part)
-        made = jnp.concatenate(self.levels.of(codes[head, pl.ds(at, part), :]), axis=0)
+        made = jnp.concatenate(self.levels.of(codes[head, pl.ds(at, part), :], constants), axis=0)
         found = self.rounding.dot(x, made, 1)
         if self.levels.zero:
             if self.levels.zero_table:
@@ -385,5 +385,5 @@ class ChannelKeys:
             found += terms.sum(-1, keepdims=True)
         out = found[:n]
         for i in range(1, blocks):
-            out = jnp.where(block == i, found[i * n : (i + 1) * n], out)
+            out = jnp.where(orders[0][...] == i, found[i * n : (i + 1) * n], out)
         return out
