@@ -117,10 +117,11 @@ def estimate(chip: str, spec: str, b: int, s: int, path: str, dump: str) -> dict
 def cycles(dump: str, keys: Rows, b: int) -> int:
     """Bundles of the kernel's schedule times its trips."""
     together = mosaic_tpu.heads_together(keys.heads)
-    cut = mosaic_tpu.Config.of(together, keys.tokens)
+    cut = mosaic_tpu.Config.of(together, b * keys.tokens)
+    block = min(cut.block, keys.tokens)
     outside, inside = tpu_estimates.bundles(dump, "low_bit_attention")
-    steps = b * (keys.heads // together) * math.ceil(keys.tokens / cut.block)
-    return steps * (outside + inside * (cut.block // cut.chunk))
+    steps = b * (keys.heads // together) * math.ceil(keys.tokens / block)
+    return steps * (outside + inside * (block // cut.chunk))
 
 
 def line(row: dict[str, Any]) -> tuple[str, ...]:

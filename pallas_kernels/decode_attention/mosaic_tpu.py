@@ -50,7 +50,12 @@ class Config:
 
     @classmethod
     def of(cls, heads: int, tokens: int) -> Config:
-        """Blocks that are worth the start of a step, but no less than 8 of them, so that copies overlap."""
+        """Blocks that are worth the start of a step, but no less than 8 of them, so that copies overlap.
+
+        Args:
+          heads: of a block.
+          tokens: of all rows of the batch.
+        """
         block = min(BLOCK_ROWS // heads, tokens // 8)
         return cls(max(1, block // CHUNK) * CHUNK, CHUNK)
 
@@ -105,7 +110,7 @@ def decode_attention(
     k, v = tpu_rows.keys_of(keys, rounding), tpu_rows.Values.of(values, rounding)
     together = heads_together(heads)
     problem = _Problem(
-        config or Config.of(together, keys.tokens), k, v, together, keys.tokens, x.shape[2],
+        config or Config.of(together, b * keys.tokens), k, v, together, keys.tokens, x.shape[2],
         scale, soft_cap, window, interpret,
     )  # fmt: skip
     first, stop = _bounds(lengths, keys.tokens, window, seen)
