@@ -36,7 +36,8 @@ test-newest: $(NEWEST)/.ready ## fast tests on the newest jax that pyproject.tom
 
 test-tpu: $(TPU)/.ready ## what the TPU compiler takes; it needs no TPU
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(TPU)/bin/python -m pytest -k tpu_compiler \
-		tests/pallas_kernels/test_matmul_tpu.py tests/transforms/test_kv_methods.py \
+		tests/pallas_kernels/test_matmul_tpu.py tests/pallas_kernels/test_decode_attention_tpu.py \
+		tests/transforms/test_kv_methods.py \
 		tests/memory_planner/test_predict_tpu.py
 
 lint: $(VENV)/.ready-dev ## ruff and pyright

@@ -53,7 +53,6 @@ CHIP_NAMES = flags.DEFINE_list("chips", ["v5e", "v6e"], "For which TPUs.")
 OUT = flags.DEFINE_string("out", "out/tpu_estimates.json", "Where the figures go.")
 
 HEADER = ("chip", "codec", "M", "path", "memory us", "compute us", "compiler us", "MB accessed", "temp MB")  # fmt: skip
-SCHEDULE = "*low_bit_matmul*-final_bundles.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +114,7 @@ def estimate(chip: str, spec: str, m: int, k: int, n: int, path: str, dump: str)
     x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
     w: Any = jax.ShapeDtypeStruct((n, k), jnp.bfloat16) if spec == "bf16" else weight(spec, k, n)
     run = {"bf16": lambda x, w: x @ w.T, "xla": xla.matmul, "mosaic_tpu": mosaic_tpu.matmul}[path]
-    for old in glob.glob(f"{dump}/*"):
-        os.remove(old)
+    clear(dump)
     compiled = compile_for(chip, run, x, w)
     cost: Any = compiled.cost_analysis()
     memory: Any = compiled.memory_analysis()
@@ -138,15 +136,26 @@ def estimate(chip: str, spec: str, m: int, k: int, n: int, path: str, dump: str)
     }
 
 
+def clear(dump: str) -> None:
+    for old in glob.glob(f"{dump}/*"):
+        os.remove(old)
+
+
 def cycles(dump: str, x: Any, w: codecs.Packed) -> int:
-    """Bundles of the kernel's schedule times its trips: those marked ``>>`` are in the loop over tiles."""
+    """Bundles of the kernel's schedule times its trips."""
     plan = mosaic_tpu.plan(x, w)
-    (path,) = glob.glob(f"{dump}/{SCHEDULE}")
-    marks = re.findall(r"^ *0x[0-9a-f]+ +(?:\w\w)?: (>*)", Path(path).read_text(), re.MULTILINE)
-    inner = sum(mark == ">>" for mark in marks)
+    outside, inside = bundles(dump, "low_bit_matmul")
     trips = plan.tiles // plan.unroll
     blocks = math.ceil(x.shape[0] / plan.rows) * math.ceil(w.shape[0] / plan.row_block)
-    return blocks * (len(marks) - inner + inner * trips)
+    return blocks * (outside + inside * trips)
+
+
+def bundles(dump: str, kernel: str) -> tuple[int, int]:
+    """Of a kernel's final schedule, outside and inside of the loops in its body: those are marked ``>>``."""
+    (path,) = glob.glob(f"{dump}/*{kernel}*-final_bundles.txt")
+    marks = re.findall(r"^ *0x[0-9a-f]+ +(?:\w\w)?: (>*)", Path(path).read_text(), re.MULTILINE)
+    inside = sum(mark == ">>" for mark in marks)
+    return len(marks) - inside, inside
 
 
 def line(row: dict[str, Any]) -> tuple[str, ...]:

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .. import hopper, triton
+from .. import hopper, tpu, triton
 from ..op import Op, one_by_one
-from . import join, mosaic_gpu, reference, xla
+from . import join, mosaic_gpu, mosaic_tpu, reference, xla
 from .rows import Rows
 
-IMPLEMENTATIONS = ("mosaic_gpu", "reference", "xla")
+IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "reference", "xla")
+KERNELS = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 Result = tuple[jax.Array, jax.Array]
 
 
@@ -20,32 +21,38 @@ def run(operands: tuple[Any, ...], options: dict[str, Any], name: str | None) ->
     q, keys, values, *_ = operands
     if name == "reference":
         return reference.decode_attention(*operands, **options)
-    reason = mosaic_gpu.refusal(q, keys, values)
-    if name == "mosaic_gpu":
-        reason = reason or ("" if hopper.is_here() else "this is no Hopper GPU")
-        if reason:
-            raise NotImplementedError(
-                f"`implementation` {name!r} can't take this attention: {reason}. Pass None to let another path take it."
-            )
-    if name == "xla" or reason:
+    if name in KERNELS and (reason := _refused_here(name, q, keys, values)):
+        raise NotImplementedError(
+            f"`implementation` {name!r} can't take this attention: {reason}. Pass None to let another path take it."
+        )
+    if name == "xla" or all(kernel.refusal(q, keys, values) for kernel in KERNELS.values()):
         return xla.decode_attention(*operands, **options)
     return PACKED_ATTENTION(operands, **options)
 
 
+def _refused_here(name: str, q: Any, keys: Rows, values: Rows) -> str:
+    """Why a kernel can't take these on this machine; "" where it can."""
+    if reason := KERNELS[name].refusal(q, keys, values):
+        return reason
+    if name == "mosaic_gpu":
+        return "" if hopper.is_here() else "this is no Hopper GPU"
+    return "" if jax.default_backend() == "tpu" else "this is no TPU"
+
+
 def attention_kernel(q: Any, keys: Rows, values: Rows) -> str:
     """The path that `decode_attention` takes here, in words, and why no kernel takes it."""
-    if jax.default_backend() != "gpu":
-        return "xla: decode + attend, block by block"
-    reason = mosaic_gpu.refusal(q, keys, values) or (
-        "" if hopper.is_here() else "this is no Hopper GPU"
-    )
-    if reason:
-        return f"xla: decode + attend, block by block ({reason})"
+    path = "xla: decode + attend, block by block"
+    name = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(jax.default_backend())
+    if name is None:
+        return path
+    if reason := _refused_here(name, q, keys, values):
+        return f"{path} ({reason})"
+    if name == "mosaic_tpu":
+        return f"{name}: fused"
     joined = join.refusal(q) or triton.refusal()
-    notes = ["q in float16"] * (q.dtype == jnp.float32) + [f"joined by xla ({joined})"] * bool(
-        joined
-    )
-    return ", ".join(["mosaic_gpu: fused", *notes])
+    notes = ["q in float16"] * (q.dtype == jnp.float32)
+    notes += [f"joined by xla ({joined})"] * bool(joined)
+    return ", ".join([f"{name}: fused", *notes])
 
 
 def _by_xla(operands: Any, **options: Any) -> Result:
@@ -54,9 +61,18 @@ def _by_xla(operands: Any, **options: Any) -> Result:
 
 def _on_cuda(operands: Any, **options: Any) -> Result:
     """Lowered on a machine without a GPU, for a Hopper one."""
-    if jax.default_backend() == "gpu" and not hopper.is_here():
+    other = jax.default_backend() == "gpu" and not hopper.is_here()
+    if other or mosaic_gpu.refusal(*operands[:3]):
         return _by_xla(operands, **options)
     return mosaic_gpu.decode_attention(*operands, **options)
 
 
-PACKED_ATTENTION = Op("packed_decode_attention", _by_xla, {"cuda": _on_cuda}, one_by_one)
+def _on_tpu(operands: Any, **options: Any) -> Result:
+    """Elsewhere than on a TPU jax must be told which one it is for: `jax.sharding.use_abstract_mesh`."""
+    if not tpu.is_named() or mosaic_tpu.refusal(*operands[:3]):
+        return _by_xla(operands, **options)
+    return mosaic_tpu.decode_attention(*operands, **options)
+
+
+ON = {"cuda": _on_cuda, "tpu": _on_tpu}
+PACKED_ATTENTION = Op("packed_decode_attention", _by_xla, ON, one_by_one)

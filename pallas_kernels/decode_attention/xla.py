@@ -35,7 +35,7 @@ def decode_attention(
 ) -> tuple[jax.Array, jax.Array]:
     b, n, h = q.shape
     heads, tokens = keys.heads, keys.tokens
-    block = _block(keys, values)
+    block = block_of(keys, values)
     x = q.astype(jnp.float32).reshape(b, heads, -1, h) * scale
     mask = visible(tokens, lengths, window, seen, hidden)
 
@@ -63,7 +63,7 @@ def decode_attention(
     return out.reshape(b, n, h).astype(q.dtype), total.reshape(b, n)
 
 
-def _block(keys: Rows, values: Rows) -> int:
+def block_of(keys: Rows, values: Rows) -> int:
     """Tokens of a block: a multiple of what a codec encodes together, and a divisor of all."""
     b, heads, tokens, h = keys.shape
     least = max(keys.codec.block, values.codec.block)

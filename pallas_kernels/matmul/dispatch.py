@@ -7,9 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
-from .. import hopper
+from .. import hopper, tpu
 from ..codecs import Packed
 from ..op import Op, one_by_one
 from . import many_rows, mosaic_gpu, mosaic_tpu, reference, tuned, xla
@@ -102,17 +101,9 @@ def _on_cuda(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
 
 def _on_tpu(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
     """Elsewhere than on a TPU jax must be told which one it is for: `jax.sharding.use_abstract_mesh`."""
-    if choose and (not _names_a_tpu() or mosaic_tpu.refusal(*operands)):
+    if choose and (not tpu.is_named() or mosaic_tpu.refusal(*operands)):
         return _by_xla(operands, choose=choose, **options)
     return mosaic_tpu.matmul(*operands, **options)
-
-
-def _names_a_tpu() -> bool:
-    try:
-        pltpu.get_tpu_info()
-    except ValueError:
-        return False
-    return True
 
 
 def _batched(call: Any, size: int, operands: Any, is_batched: Any) -> jax.Array:

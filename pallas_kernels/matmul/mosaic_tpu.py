@@ -33,15 +33,14 @@ from jax.experimental.pallas import tpu as pltpu
 from ..codecs import NF4, Fp8, Int, Packed
 from ..codecs.nf4 import LEVELS
 from ..codecs.packing import PLANES
+from ..tpu import LANES, VMEM_BYTES, as_float32, four_bytes, loadable
 from .layout import is_stored_as_shown
 
-LANES = 128  # columns of a tile
 UNROLL = 8  # pieces of tiles that are scheduled together
 ROW_BLOCK = 512  # rows of the weight in a block
 X_ROWS = 512  # rows of `x` in a block at most, its copies for narrow groups counted
 X_BYTES = 16 * 2**20  # of `x` in a block, at most
 CODE_BYTES = 8 * 2**20  # of the codes in a block, at most
-VMEM_BYTES = 100 * 2**20  # of 128 MiB, on v5e and v6e
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
@@ -246,10 +245,8 @@ def _group_sums(plan: Plan, x: jax.Array) -> jax.Array:
 
 
 def _by_group(param: jax.Array) -> jax.Array:
-    """``[B, N, G]`` as ``[B, G, N]``, which is how XLA lays it out; float16, which Mosaic cannot load, as bits."""
-    if param.dtype == jnp.float16:
-        param = lax.bitcast_convert_type(param, jnp.uint16)
-    return jnp.swapaxes(param, 1, 2)
+    """``[B, N, G]`` as ``[B, G, N]``, which is how XLA lays it out."""
+    return jnp.swapaxes(loadable(param), 1, 2)
 
 
 def _kernel(plan: Plan, x_ref, codes_ref, scale_ref, *refs) -> None:
@@ -258,7 +255,7 @@ def _kernel(plan: Plan, x_ref, codes_ref, scale_ref, *refs) -> None:
     zero_ref = refs[1] if len(refs) == 4 else None
     out_ref, scales = refs[-2:]
     table = _table(plan)
-    scales[...] = _float(scale_ref) * (16.0 if isinstance(plan.codec, Fp8) else 1.0)
+    scales[...] = as_float32(scale_ref[...]) * (16.0 if isinstance(plan.codec, Fp8) else 1.0)
     out_ref[...] = jnp.zeros(out_ref.shape, jnp.float32)
 
     @pl.loop(0, plan.tiles, unroll=plan.unroll)
@@ -290,7 +287,7 @@ def _zero(plan: Plan, zero_ref) -> Any:
     """What is to be taken from integer levels."""
     if not isinstance(plan.codec, Int):
         return 0.0
-    zero = plan.codec.middle if zero_ref is None else _float(zero_ref)
+    zero = plan.codec.middle if zero_ref is None else as_float32(zero_ref[...])
     return zero - (128 if plan.codec.bits == 8 else 0)
 
 
@@ -299,21 +296,6 @@ def _dot(a: jax.Array, b: jax.Array, contract: Any) -> jax.Array:
     return lax.dot_general(
         a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
-
-
-def _float(ref) -> jax.Array:
-    """A block of scales or zero points as float32."""
-    if ref.dtype == jnp.uint16:
-        return _half(ref[...].astype(jnp.int32))
-    return ref[...].astype(jnp.float32)
-
-
-def _half(bits: jax.Array) -> jax.Array:
-    """Float16 bit patterns to float32; subnormals by way of integers, since TPUs flush them."""
-    size = bits & 0x7FFF
-    normal = lax.bitcast_convert_type((size << 13) + ((127 - 15) << 23), jnp.float32)
-    value = jnp.where(size < 0x400, size.astype(jnp.float32) * 2.0**-24, normal)
-    return jnp.where(bits > 0x7FFF, -value, value)
 
 
 def _codes(plan: Plan, codes_ref, piece: int, tile: Any) -> jax.Array:
@@ -327,16 +309,11 @@ def _codes(plan: Plan, codes_ref, piece: int, tile: Any) -> jax.Array:
         column = start + segment * plan.width + tile * LANES
         words = pltpu.bitcast(codes_ref[:, pl.ds(pl.multiple_of(column, LANES), LANES)], jnp.int32)
         if plane < 8:
-            words = (words >> (plane * above)) & _bytes(2**plane - 1)
+            words = (words >> (plane * above)) & four_bytes(2**plane - 1)
         codes = words << bits if codes is None else codes | words << bits
         start += segments * plan.width
     assert codes is not None
     return codes
-
-
-def _bytes(value: int) -> jax.Array:
-    """A word of four equal bytes."""
-    return jnp.int32(int.from_bytes(bytes([value] * 4), signed=True))
 
 
 def _levels(plan: Plan, words: jax.Array, table: Any, dtype: Any) -> jax.Array:
@@ -344,7 +321,7 @@ def _levels(plan: Plan, words: jax.Array, table: Any, dtype: Any) -> jax.Array:
     if isinstance(plan.codec, Fp8):
         return _e4m3(words).astype(dtype)
     if plan.codec.bits == 8:
-        words ^= _bytes(0x80)
+        words ^= four_bytes(0x80)
     codes = pltpu.bitcast(words, jnp.int8)
     if isinstance(plan.codec, NF4):
         picked = jnp.take_along_axis(table, codes.astype(jnp.int32), 1, mode="promise_in_bounds")
@@ -364,6 +341,6 @@ def _table(plan: Plan) -> Any:
 
 def _e4m3(words: jax.Array) -> jax.Array:
     """Over 16: TPUs unpack the E4M3 of bias 11, whose one NaN is our -0."""
-    size = words & _bytes(0x7F)
-    not_zero = (size + _bytes(0x7F)) & _bytes(0x80)
+    size = words & four_bytes(0x7F)
+    not_zero = (size + four_bytes(0x7F)) & four_bytes(0x80)
     return pltpu.bitcast(size | words & not_zero, jnp.float8_e4m3b11fnuz)
