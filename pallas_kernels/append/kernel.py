@@ -22,7 +22,8 @@ from ..decode_attention.rows import Rows
 from .kept import Kept
 from .xla import relabelled
 
-CHANNELS = 4  # of a program, for codecs per channel: more programs, each of which waits less for its sums
+# Channels of a program, for codecs per channel: the fewer, the less a program waits for its sums.
+CHANNELS = 4
 WARPS = 4
 
 

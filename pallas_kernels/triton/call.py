@@ -24,8 +24,8 @@ def refusal() -> str:
         return f"jax {jax.__version__} has no Triton backend"
     if jax.default_backend() != "gpu":
         return ""
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    return "" if capability >= "8" else "the GPU is older than Ampere"
+    capability = str(getattr(jax.devices()[0], "compute_capability", "0"))
+    return "" if int(capability.split(".")[0] or 0) >= 8 else "the GPU is older than Ampere"
 
 
 def call(
