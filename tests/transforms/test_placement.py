@@ -7,11 +7,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import stowax as sx
 from stowax import memory_planner, models
-from stowax.transforms.placement import BASELINES, Plan
+from stowax.transforms.placement import BASELINES, Plan, updates
+from stowax.transforms.placement.memory import host_type
 
 CONFIG = models.LlamaConfig(
     vocab_size=64, dim=64, layers=3, heads=2, kv_heads=2, head_dim=32, ffn_dim=128
@@ -189,8 +191,93 @@ def test_packed_weights_on_the_host():
     args = jnp.ones((1, 4), jnp.int32), functions.init_cache(1, 8)
     fast = sx.quantize({"embed|norm": None, "": "int8"})(functions.step, params=0)
     packed = fast.encode(params, *args)
-    streamed = sx.offload(fast)
+    streamed = sx.offload(fast, weights="host")
     check_equal(jitted(streamed)(streamed.place(packed), *args), jitted(fast)(packed, *args))
+
+
+def trainer():
+    """A training step with Adam behind a clip, and its arguments."""
+    loss, _, (ws, x) = mlp()
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+    def step(params, state, x):
+        value, grads = jax.value_and_grad(loss)(params, x)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step, (ws[:3], optimizer.init(ws[:3]), x)
+
+
+def places_of(tree):
+    return [jax.typeof(x).memory_space for x in jax.tree.leaves(tree)]
+
+
+def test_optimizer_state_on_the_host_is_updated_there(monkeypatch):
+    """Two steps, donated, in parts of 2 KiB: the state comes back to where it was, and numbers are equal."""
+    monkeypatch.setattr(updates, "PART", 1 << 11)
+    step, (params, state, x) = trainer()
+    streamed = sx.offload(step, optimizer="host")
+    plain, fast = jitted(step), jax.jit(streamed, donate_argnums=(0, 1))
+    placed = streamed.place(jax.tree.map(np.asarray, state))
+    copies = jax.tree.map(jnp.copy, params)
+    want = plain(*plain(params, state, x)[:2], x)
+    got = fast(*fast(copies, placed, x)[:2], x)
+    assert jax.memory.Space.Host in places_of(got[1])
+    assert places_of(got[1]) == places_of(streamed.place(state))
+    assert jax.memory.Space.Host not in places_of(got[0])
+    check_equal(got, want)
+
+
+def elementwise(params, state, x):
+    """An update by hand: an average of the parameters beside momentum, everything elementwise."""
+    grads = jax.tree.map(lambda p: p * x, params)
+    speed = jax.tree.map(lambda m, g: 0.9 * m + g, state["speed"], grads)
+    params = jax.tree.map(lambda p, m: p - 0.1 * m, params, speed)
+    mean = jax.tree.map(lambda a, p: 0.99 * a + 0.01 * p, state["mean"], params)
+    return params, {"speed": speed, "mean": mean}
+
+
+def test_operation_by_operation_an_update_in_parts_is_equal_bit_for_bit(monkeypatch):
+    monkeypatch.setattr(updates, "PART", 1 << 10)
+    params = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((12, 64)), jnp.float32)}
+    state = {"speed": params, "mean": params}
+    streamed = sx.offload(elementwise, optimizer="host")
+    with jax.disable_jit():
+        want = elementwise(params, state, 0.3)
+    got = streamed(params, streamed.place(state), jnp.float32(0.3))
+    assert set(places_of(got[1])) == {jax.memory.Space.Host}
+    check_equal(got, want, exact=True)
+
+
+def test_what_is_no_elementwise_update_comes_back_whole_or_is_refused():
+    def normalized(w, state, x):
+        mean = 0.5 * state["mean"] + x.T @ x
+        return w - mean / jnp.linalg.norm(mean), {"mean": mean @ mean}
+
+    args = jnp.eye(8), {"mean": jnp.eye(8)}, jnp.ones((4, 8))
+    streamed = sx.offload(normalized, optimizer="host")
+    got = streamed(args[0], streamed.place(args[1]), args[2])
+    assert places_of(got) == [jax.memory.Space.Device, jax.memory.Space.Host]
+    check_equal(got, normalized(*args))
+    lost = sx.offload(lambda w, state, x: w + state["mean"], optimizer="host")
+    with pytest.raises(ValueError, match=r"`state` is argument 1.* 1/mean is no result of the fun"):
+        lost(args[0], lost.place(args[1]), args[2])
+    with pytest.raises(ValueError, match="nothing is offloaded"):
+        sx.offload(normalized)
+
+
+def test_a_loop_over_parts_needs_few_of_them(monkeypatch):
+    """Predicted: donated parameters are updated in place, of the state one part is there."""
+    monkeypatch.setattr(updates, "PART", 1 << 20)
+    params = {"w": jax.ShapeDtypeStruct((16, 512, 512), jnp.float32)}  # 16 MiB
+    on_host = jax.tree.map(host_type, {"speed": params, "mean": params})
+    x = jax.ShapeDtypeStruct((), jnp.float32)
+    streamed = sx.offload(elementwise, optimizer="host")
+    found = memory_planner.predict(streamed, params, on_host, x, donate=(0, 1), device="v5e")
+    assert found.outputs == 0
+    assert found.peak <= (16 + 4) * 2**20
+    both_ways = 2 * 2 * 2**24 / memory_planner.device("v5e").to_host
+    assert both_ways <= found.seconds <= 1.1 * both_ways
 
 
 def test_a_decode_step_streams_the_weights_that_do_not_fit():

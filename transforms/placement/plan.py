@@ -17,7 +17,8 @@ from stowax.pallas_kernels import codecs
 
 from ..report import text_table
 from . import rewrite
-from .flat import HOST, Flat, flatten
+from .flat import Flat, flatten
+from .memory import HOST
 from .residuals import Numbers, Place, numbers, places
 
 

@@ -26,7 +26,8 @@ from stowax.memory_planner import (
 )  # fmt: skip
 
 from ..core import compat
-from .flat import Flat, body_of, is_literal
+from ..core.compat import is_literal
+from .flat import Flat, body_of
 
 SMALLEST = 1 << 20  # bytes of what is worth a transfer
 ENCODED = (

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 
 from stowax.memory_planner import (
     ENCODE,
@@ -28,7 +27,8 @@ from stowax.pallas_kernels import codecs
 
 from . import rewrite
 from .baselines import BASELINES
-from .flat import HOST, Flat, flatten
+from .flat import Flat, flatten
+from .memory import host_type
 from .plan import Kept, Plan, decided
 from .residuals import Numbers, nbytes, numbers, places, scanned_only
 
@@ -184,7 +184,7 @@ class _Search:
         for i in sorted(found, key=lambda i: -sizes[i]):
             if excess > 0 and sizes[i] <= room:
                 self.streamed.append(i)
-                self.leaves[i] = _on_host(self.leaves[i])
+                self.leaves[i] = host_type(self.leaves[i])
                 excess, room = excess - sizes[i], room - sizes[i]
         if len(self.streamed) > before:
             self.before = self.predicted(None)
@@ -284,11 +284,6 @@ class _Search:
             fingerprint=self.flat.fingerprint,
             timelines=(_bytes_over_time(self.original), _bytes_over_time(prediction)),
         )
-
-
-def _on_host(leaf: Any) -> Any:
-    """The type of a leaf in host memory, which traces as it does."""
-    return jax.typeof(jnp.empty((), leaf.dtype)).update(shape=leaf.shape, memory_space=HOST)
 
 
 def _bytes_over_time(prediction: Prediction) -> tuple[int, ...]:
