@@ -181,7 +181,7 @@ class _Lives:
 
     def candidates(self, step: Step, number: int, value: Value) -> Iterator[Value]:
         op, home = step.op, self.memory.home
-        if op.name in UPDATES:
+        if op.name in UPDATES and op.inputs[0] in home:
             yield home[op.inputs[0]]
         elif op.name in ("scan", "while"):
             if (carry := _carry(op, value)) in home:
