@@ -296,6 +296,23 @@ def test_a_decode_step_streams_the_weights_that_do_not_fit():
     check_equal(jitted(found.apply(functions.step))(*placed), jitted(functions.step)(*args))
 
 
+def test_a_training_step_has_so_much_of_its_optimizer_on_the_host_as_it_must(monkeypatch):
+    monkeypatch.setattr(updates, "PART", 1 << 9)
+    step, (params, state, x) = trainer()
+    args = params, state, x[:8]
+    whole = plan(step, *args, donate=(0, 1))
+    found = plan(step, *args, hbm=whole.after - 9_000, host="1GiB", donate=(0, 1))
+    assert found.after <= found.budget
+    assert 0 < len(found.streamed) < 6
+    assert all(path.startswith("1/") for path in found.streamed)
+    assert found.seconds > whole.seconds
+    assert "on the host, fetched part by part" in str(found)
+    placed = Plan.from_json(found.to_json()).place(*args)
+    got = jitted(found.apply(step))(*placed)
+    assert places_of(got[1]) == places_of(placed[1])
+    check_equal(got, jitted(step)(*args))
+
+
 @pytest.mark.parametrize("ending", ["svg", "png"])
 def test_the_picture(ending, tmp_path):
     _, fn, args = mlp()

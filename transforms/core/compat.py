@@ -78,6 +78,11 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jex.Literal)
 
 
+def shape_of(atom: Any) -> tuple[int, ...]:
+    """Of a variable or literal."""
+    return atom.aval.shape
+
+
 def variables(eqn: Eqn) -> list[Any]:
     """What `eqn` reads, each once, literals left out."""
     return list(dict.fromkeys(v for v in eqn.invars if not is_literal(v)))

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 
 from stowax.memory_planner import device as device_of
-from stowax.memory_planner import format_bytes
+from stowax.memory_planner import format_bytes, gap_of
 from stowax.pallas_kernels import codecs
 
+from ..core.program import path_string
 from ..report import text_table
 from . import rewrite
 from .flat import Flat, flatten
@@ -58,7 +59,7 @@ class Plan:
       fingerprint: of the program; `apply` takes no other.
       timelines: bytes over the operations, before and after.
       measured: peak of the compiled program, bytes; None where it was not asked for.
-      streamed: arguments that live on the host and are fetched layer by layer, by path; see `place`.
+      streamed: arguments that live on the host and are fetched part by part, by path; see `place`.
     """
 
     device: str
@@ -82,7 +83,7 @@ class Plan:
     @property
     def gap(self) -> float:
         """How far `seconds` can be from the least, as a share."""
-        return (self.seconds - self.bound) / max(self.seconds, 1e-12)
+        return gap_of(self.seconds, self.bound)
 
     def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """The function that obeys the plan: operations and results are `fn`'s where nothing is encoded.
@@ -106,12 +107,12 @@ class Plan:
 
     def place(self, *args: Any) -> tuple[Any, ...]:
         """The arguments with those that the plan streams in host memory. Once; then `apply` takes them."""
+        return self.placed(args, lambda x: jax.device_put(x, HOST))
 
-        def move(path: Any, x: Any) -> Any:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return jax.device_put(x, HOST) if name in self.streamed else x
-
-        return jax.tree_util.tree_map_with_path(move, args)
+    def placed(self, args: tuple[Any, ...], move: Callable[[Any], Any]) -> tuple[Any, ...]:
+        """The arguments, `move` applied to those that are streamed."""
+        there = lambda path, x: move(x) if path_string(path) in self.streamed else x
+        return jax.tree_util.tree_map_with_path(there, args)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -159,7 +160,9 @@ class Plan:
             f"\n{len(self.again)} operations run again; {format_bytes(self.host)} on the host"
         )
         if self.streamed:
-            lines.append(f"fetched layer by layer (see `place`): {', '.join(self.streamed)}")
+            lines.append(
+                f"on the host, fetched part by part (see `place`): {', '.join(self.streamed)}"
+            )
         return "\n".join(lines)
 
 

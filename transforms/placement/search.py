@@ -30,7 +30,8 @@ from .baselines import BASELINES
 from .flat import Flat, flatten
 from .memory import host_type
 from .plan import Kept, Plan, decided
-from .residuals import Numbers, nbytes, numbers, places, scanned_only
+from .residuals import Numbers, numbers, places
+from .tiers import on_host, tiers
 
 _REACHES = (2, 1, 4, 8)
 _ROUNDS = 6
@@ -53,15 +54,15 @@ def plan(
 ) -> Plan:
     """Plans the memory of a function: a gradient, a training step, a decode step.
 
-    What a first half carries over to a second is kept, made again, offloaded or encoded. Where that is not enough and
-    there is `host` memory, arguments that only scans run over (stacked weights) are fetched from there, the largest
-    first.
+    What a first half carries over to a second is kept, made again, offloaded or encoded. With `host` memory, arguments
+    that only scans run over (stacked weights) and those that an elementwise update replaces (an optimizer's state) may
+    live there and be fetched part by part. One choice is made of all.
 
     Args:
       fn: the function, differentiated already if it trains (`jax.value_and_grad(loss)`, or a whole step).
       *args: its arguments, arrays or `jax.ShapeDtypeStruct`s.
       hbm: bytes of device memory for all of it, as a number or as "8GiB"; None is the device's own.
-      host: bytes of host memory for what is offloaded; 0 for none.
+      host: bytes of host memory for residuals and arguments; 0 for none.
       device: a name of `memory_planner.device`, or a `Device`.
       donate: arguments whose memory may be reused, as in `jax.jit`.
       encode: name of a codec ("int8-g128") that values may be kept in; "" for none. The only choice that changes
@@ -99,7 +100,7 @@ def _measured(search: _Search, budget: int, fn: Any, args: Any, donate: Any) -> 
     target, over = budget, 0
     for _ in range(_COMPILATIONS):
         found = search(target)
-        given = jax.tree.unflatten(jax.tree.structure(args), search.leaves)
+        given = found.placed(args, host_type)
         compiled = jax.jit(found.apply(fn), donate_argnums=donate).lower(*given).compile()
         peak = memory_report(compiled).peak
         if peak <= budget:
@@ -125,26 +126,35 @@ class _Search:
         self.encode = encode
         self.places = places(flat)
         self.leaves: list[Any] = [x for x in jax.tree.leaves(args) if hasattr(x, "shape")]
-        self.streamed: list[int] = []
-        bits = self.codec.bits_per_weight((1, 4096)) if self.codec is not None else 0.0
-        self.numbers = functools.cache(
-            lambda reach: numbers(self.places, device, reach=reach, offload=host > 0, bits=bits)
+        self.tiers = tiers(flat) if host else []
+        self.bits = self.codec.bits_per_weight((1, 4096)) if self.codec is not None else 0.0
+        self.before = self.predicted(None)
+        self.numbers = functools.cache(self.numbered)
+
+    def numbered(self, reach: int) -> Numbers:
+        """The problem in numbers, arguments among them. Transfers of a program that carries nothing over hide in it."""
+        found = numbers(
+            self.places, self.device, reach=reach, offload=self.host > 0, bits=self.bits
         )
-        self.before = self.original = self.predicted(None)
+        hidden = found.problem.hidden or self.device.overlap * self.before.seconds
+        sites = tuple(tier.site for tier in self.tiers)
+        problem = dataclasses.replace(found.problem, hidden=hidden, sites=sites)
+        return dataclasses.replace(found, problem=problem)
 
     def as_function(self, how: Mapping[int, str] | None) -> Callable[..., list[Any]]:
-        labels = self.numbers(0)
-        decisions = [] if how is None else decided(self.places, labels, how)
+        decisions = [] if how is None else decided(self.places, self.numbers(0), how)
         return lambda *leaves: rewrite.run(self.flat, decisions, self.codec, leaves)
 
-    def predicted(self, how: Mapping[int, str] | None) -> Prediction:
+    def predicted(self, choice: Choice | None) -> Prediction:
+        how = None if choice is None else choice.how
+        hosted = on_host(self.tiers, () if choice is None else choice.options)
         sizes = [len([x for x in jax.tree.leaves(a) if hasattr(x, "shape")]) for a in self.args]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         given = (self.donate,) if isinstance(self.donate, int) else self.donate
         donated = [starts[i] + j for i in given for j in range(sizes[i])]
         return predict(
             self.as_function(how),
-            *self.leaves,
+            *(host_type(x) if i in hosted else x for i, x in enumerate(self.leaves)),
             donate=donated,
             device=self.device,
             correction=self.correction,
@@ -158,12 +168,10 @@ class _Search:
                 break
         tried = [c for choices in found for c in choices]
         best = min((c.seconds for c, p in tried if p.peak <= budget), default=math.inf)
-        tried += [(c, self.predicted(c.how)) for c in self.simple if c.seconds < best]
+        tried += [(c, self.predicted(c)) for c in self.simple if c.seconds < best]
         fitting = [c for c in tried if c[1].peak <= budget]
         if not fitting:
             least = min((p for _, p in tried), key=lambda p: p.peak)
-            if self.stream(least.peak - budget):
-                return self(budget)
             self.refuse(budget, least)
         choice, prediction = min(fitting, key=lambda c: c[0].seconds)
         bounds = [c.bound for choices in found for c, p in choices if p.peak <= budget]
@@ -171,30 +179,10 @@ class _Search:
         return self.made("optimal", budget, dataclasses.replace(choice, bound=bound), prediction)
 
     @property
-    def room(self) -> int:
-        """Host memory that is left for residuals."""
-        return self.host - sum(nbytes(self.flat.jaxpr.invars[i]) for i in self.streamed)
-
-    def stream(self, excess: int) -> bool:
-        """Leaves more arguments on the host, the largest first, until they are as much as `excess`; whether it did."""
-        sizes = {i: nbytes(v) for i, v in enumerate(self.flat.jaxpr.invars)}
-        found = [i for i in scanned_only(self.flat) if i not in self.streamed]
-        room = self.room
-        before = len(self.streamed)
-        for i in sorted(found, key=lambda i: -sizes[i]):
-            if excess > 0 and sizes[i] <= room:
-                self.streamed.append(i)
-                self.leaves[i] = host_type(self.leaves[i])
-                excess, room = excess - sizes[i], room - sizes[i]
-        if len(self.streamed) > before:
-            self.before = self.predicted(None)
-        return len(self.streamed) > before
-
-    @property
     def simple(self) -> list[Choice]:
         """What needs no solving: the baselines, those that offload only where there is a host."""
         choices = [rule(self.places, self.numbers(0)) for rule in BASELINES.values()]
-        return [c for c in choices if c.host_nbytes <= self.room]
+        return [c for c in choices if c.host_nbytes <= self.host]
 
     @property
     def reaches(self) -> tuple[int, ...]:
@@ -217,8 +205,9 @@ class _Search:
         How much of what is kept is in memory at the peak is the compiler's affair, so shares are searched by what is
         predicted of the whole program.
         """
-        total = sum(labels.problem.values[i].nbytes for i in labels.problem.required)
-        base = self.before.arguments + self.before.outputs
+        given = sum(tier.site.options[0].nbytes for tier in self.tiers)
+        total = given + sum(labels.problem.values[i].nbytes for i in labels.problem.required)
+        base = self.before.arguments + self.before.outputs - given
         low, low_peak, high, high_peak = 0, base, total, self.before.peak
         tried: list[tuple[Choice, Prediction]] = []
         for _ in range(_ROUNDS):
@@ -228,17 +217,17 @@ class _Search:
                 share = total
             try:
                 choice = choose(
-                    labels.problem, share, self.room, gap=_GAP, time_limit=self.limit / _ROUNDS
+                    labels.problem, share, self.host, gap=_GAP, time_limit=self.limit / _ROUNDS
                 )
             except InfeasibleError as error:
                 share = error.least + error.least // 10_000 + 1  # the solver's tolerance
                 if share >= high and tried:
                     break
                 choice = choose(
-                    labels.problem, share, self.room, gap=_GAP, time_limit=self.limit / _ROUNDS
+                    labels.problem, share, self.host, gap=_GAP, time_limit=self.limit / _ROUNDS
                 )
                 low = share
-            tried.append((choice, self.predicted(choice.how)))
+            tried.append((choice, self.predicted(choice)))
             peak = tried[-1][1].peak
             if peak <= budget:
                 low, low_peak = share, peak
@@ -250,7 +239,7 @@ class _Search:
 
     def baseline(self, name: str) -> Plan:
         choice = BASELINES[name](self.places, self.numbers(0))
-        return self.made(name, None, choice, self.predicted(choice.how))
+        return self.made(name, None, choice, self.predicted(choice))
 
     def made(
         self, strategy: str, budget: int | None, choice: Choice, prediction: Prediction
@@ -272,17 +261,20 @@ class _Search:
             strategy=strategy,
             kept=kept,
             again=again,
-            before=self.original.peak,
+            before=self.before.peak,
             after=prediction.peak,
             seconds=choice.seconds,
             bound=choice.bound,
-            step_before=self.original.seconds,
+            step_before=self.before.seconds,
             step_after=prediction.seconds,
-            host=choice.host_nbytes + self.host - self.room,
-            streamed=tuple(self.flat.names[i].removeprefix("0/") for i in sorted(self.streamed)),
+            host=choice.host_nbytes,
+            streamed=tuple(
+                self.flat.names[i].removeprefix("0/")
+                for i in sorted(on_host(self.tiers, choice.options))
+            ),
             codec=self.encode if encoded else "",
             fingerprint=self.flat.fingerprint,
-            timelines=(_bytes_over_time(self.original), _bytes_over_time(prediction)),
+            timelines=(_bytes_over_time(self.before), _bytes_over_time(prediction)),
         )
 
 

@@ -85,7 +85,7 @@ def run(
     def part(carry: list[Any], i: Any) -> Any:
         at = first + i * rows
         cut = lambda x: lax.dynamic_slice_in_dim(x, at, rows, 0) if jnp.ndim(x) else x
-        now = given | dict(zip(update.targets.values(), carry))
+        now = {**given, **dict(zip(update.targets.values(), carry))}
         found = {v: fetched(cut(x)) for v, x in now.items()}
         for eqn in jaxpr.eqns[update.start : update.stop]:
             found[eqn.outvars[0]] = _of_rows(eqn, compat.read(found, eqn.invars), rows)
@@ -101,7 +101,7 @@ def run(
 def _of_rows(eqn: compat.Eqn, values: Sequence[Any], rows: int) -> Any:
     """An elementwise equation on so many rows."""
     if eqn.primitive.name == "broadcast_in_dim":
-        return jnp.broadcast_to(values[0], (rows, *eqn.outvars[0].aval.shape[1:]))
+        return jnp.broadcast_to(values[0], (rows, *compat.shape_of(eqn.outvars[0])[1:]))
     return compat.bind(eqn, values)[0]
 
 
@@ -185,7 +185,7 @@ class _Groups:
         for i, eqn in enumerate(self.jaxpr.eqns):
             read = compat.variables(eqn)
             own = [v for v in read if v in self.parent]
-            if own and late.isdisjoint(read) and _is_elementwise(eqn, own[0].aval.shape):
+            if own and late.isdisjoint(read) and _is_elementwise(eqn, compat.shape_of(own[0])):
                 self.join(i, own)
             elif own or not late.isdisjoint(read):
                 self.after.add(i)
@@ -201,16 +201,20 @@ class _Groups:
                 continue
             groups = {self.root(self.members[u]) for u in users if u in self.members}
             inside = len(groups) == 1 and all(u in self.members for u in users)
-            if inside and _is_elementwise(eqn, out.aval.shape) and len(self.sources(out)) <= 1:
+            if (
+                inside
+                and _is_elementwise(eqn, compat.shape_of(out))
+                and len(self.sources(out)) <= 1
+            ):
                 self.join(i, [self.jaxpr.eqns[users[0]].outvars[0]])
 
     def sources(self, v: Any) -> frozenset[Any]:
         """The arrays that a value is elementwise in; arguments, which are there anyway, are not counted."""
         if v not in self.source:
             eqn = self.maker.get(v)
-            if eqn is None or not v.aval.shape:
+            if eqn is None or not compat.shape_of(v):
                 self.source[v] = frozenset()
-            elif _is_elementwise(eqn, v.aval.shape):
+            elif _is_elementwise(eqn, compat.shape_of(v)):
                 self.source[v] = frozenset().union(*map(self.sources, compat.variables(eqn)))
             else:
                 self.source[v] = frozenset((v,))
@@ -236,7 +240,7 @@ class _Groups:
         results = tuple(v for v in made if outside(v))
         targets = {v: self.targets[v] for v in results if self.targets.get(v) in inputs}
         seeds = tuple(v for v in inputs if v in self.seeds)
-        shape = seeds[0].aval.shape
+        shape = compat.shape_of(seeds[0])
         return Update(shape, start, start + len(eqns), inputs, results, targets, seeds)
 
 
@@ -247,13 +251,14 @@ def _light_followed(jaxpr: compat.Jaxpr, arguments: Any) -> list[Any]:
         own = eqn.primitive.name in _HEAVY or compat.has_program(eqn)
         if own or not heavy.isdisjoint(eqn.outvars):
             heavy.update(compat.variables(eqn))
-    return [v for v in dict.fromkeys(arguments) if v.aval.shape and v not in heavy]
+    return [v for v in dict.fromkeys(arguments) if compat.shape_of(v) and v not in heavy]
 
 
 def _is_elementwise(eqn: compat.Eqn, shape: tuple[int, ...]) -> bool:
     """Whether it makes one array of the shape from arrays of the shape and scalars."""
-    shapes = {atom.aval.shape for atom in eqn.invars}
-    if eqn.primitive.name not in _ELEMENTWISE or [v.aval.shape for v in eqn.outvars] != [shape]:
+    shapes = {compat.shape_of(atom) for atom in eqn.invars}
+    made = [compat.shape_of(v) for v in eqn.outvars]
+    if eqn.primitive.name not in _ELEMENTWISE or made != [shape]:
         return False
     if eqn.primitive.name == "broadcast_in_dim":
         return shapes == {()}
@@ -262,11 +267,11 @@ def _is_elementwise(eqn: compat.Eqn, shape: tuple[int, ...]) -> bool:
 
 def _is_cheap(eqn: compat.Eqn) -> bool:
     """Whether its result had better be computed twice than written."""
-    source, out = eqn.invars[0].aval, eqn.outvars[0].aval
+    source, out = eqn.invars[0], eqn.outvars[0]
     if eqn.primitive.name == "broadcast_in_dim":
-        return not source.shape
-    widens = tree_nbytes(source) < tree_nbytes(out)
-    return eqn.primitive.name == "convert_element_type" and bool(out.shape) and widens
+        return compat.shape_of(source) == ()
+    widens = tree_nbytes(source.aval) < tree_nbytes(out.aval)
+    return eqn.primitive.name == "convert_element_type" and compat.shape_of(out) != () and widens
 
 
 def _with(eqn: compat.Eqn, old: Any, new: Any) -> compat.Eqn:
