@@ -1,11 +1,11 @@
-"""`plan`: for one program and one budget, what is kept, made again, offloaded or encoded; checked by prediction."""
+"""The search for the largest share of a budget whose plan fits, by prediction of the rewritten program."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -18,16 +18,13 @@ from stowax.memory_planner import (
     Prediction,
     choose,
     format_bytes,
-    memory_report,
-    parse_bytes,
     predict,
 )
-from stowax.memory_planner import device as device_of
 from stowax.pallas_kernels import codecs
 
 from . import rewrite
 from .baselines import BASELINES
-from .flat import Flat, flatten
+from .flat import Flat
 from .memory import host_type
 from .plan import Kept, Plan, decided
 from .residuals import Numbers, numbers, places
@@ -35,85 +32,59 @@ from .tiers import on_host, tiers
 
 _REACHES = (2, 1, 4, 8)
 _ROUNDS = 6
-_COMPILATIONS = 4
 _GAP = 1e-3  # of a solve, as a share
 
 
-def plan(
-    fn: Callable[..., Any],
-    *args: Any,
-    hbm: int | str | None = None,
-    host: int | str = 0,
-    device: str | Device = "h100",
-    donate: int | Sequence[int] = (),
-    encode: str = "",
-    strategy: str = "optimal",
-    measure: bool = False,
-    correction: float = 1.0,
-    time_limit: float = 30.0,
-) -> Plan:
-    """Plans the memory of a function: a gradient, a training step, a decode step.
+class BudgetError(ValueError):
+    """No plan fits. `least` is the smallest peak that was reached, bytes."""
 
-    What a first half carries over to a second is kept, made again, offloaded or encoded. With `host` memory, arguments
-    that only scans run over (stacked weights) and those that an elementwise update replaces (an optimizer's state) may
-    live there and be fetched part by part. One choice is made of all.
+    def __init__(self, message: str, least: int):
+        super().__init__(message)
+        self.least = least
+
+
+def by_shares[T](
+    attempt: Callable[[int], tuple[T, int, int]],
+    budget: int,
+    total: int,
+    low_peak: int,
+    high_peak: int,
+) -> list[T]:
+    """What was tried for shares of `total`, nearer and nearer to the largest whose peak fits.
+
+    How much of what is chosen is in memory at the peak is the compiler's affair, so shares are searched by what is
+    predicted of the whole program.
 
     Args:
-      fn: the function, differentiated already if it trains (`jax.value_and_grad(loss)`, or a whole step).
-      *args: its arguments, arrays or `jax.ShapeDtypeStruct`s.
-      hbm: bytes of device memory for all of it, as a number or as "8GiB"; None is the device's own.
-      host: bytes of host memory for residuals and arguments; 0 for none.
-      device: a name of `memory_planner.device`, or a `Device`.
-      donate: arguments whose memory may be reused, as in `jax.jit`.
-      encode: name of a codec ("int8-g128") that values may be kept in; "" for none. The only choice that changes
-        results.
-      strategy: "optimal", or a baseline: one of `BASELINES`.
-      measure: compile the planned program here and read the compiler's own peak; where that is above `hbm`, plan again
-        for so much less, until it is not.
-      correction: factor on predicted temporaries, from `Prediction.corrected` of a compiled program.
-      time_limit: seconds for all solves together.
-
-    Raises:
-      ValueError: for a budget that can't be met, with the least that would do and what pins it; for unknown names.
-
-    Example:
-      >>> p = plan(jax.value_and_grad(loss), params, batch, hbm="6GiB", device="h100")
-      >>> step = jax.jit(p.apply(jax.value_and_grad(loss)))
+      attempt: for a share, what was found, its peak, and the bytes that it took. Raises InfeasibleError.
+      low_peak, high_peak: of the shares 0 and `total`.
     """
-    target = device_of(device) if isinstance(device, str) else device
-    if strategy != "optimal" and strategy not in BASELINES:
-        raise ValueError(
-            f"`strategy` is {strategy!r}; expected 'optimal' or one of {sorted(BASELINES)}"
-        )
-    budget = target.hbm_bytes if hbm is None else parse_bytes(hbm, "hbm")
-    flat = flatten(fn, args, {})
-    search = _Search(
-        flat, args, target, donate, parse_bytes(host, "host"), encode, correction, time_limit
-    )
-    if strategy != "optimal":
-        return search.baseline(strategy)
-    return _measured(search, budget, fn, args, donate) if measure else search(budget)
-
-
-def _measured(search: _Search, budget: int, fn: Any, args: Any, donate: Any) -> Plan:
-    """The plan whose compiled program is within the budget."""
-    target, over = budget, 0
-    for _ in range(_COMPILATIONS):
-        found = search(target)
-        given = found.placed(args, host_type)
-        compiled = jax.jit(found.apply(fn), donate_argnums=donate).lower(*given).compile()
-        peak = memory_report(compiled).peak
+    low, high = 0, total
+    tried: list[T] = []
+    for _ in range(_ROUNDS):
+        part = (budget - low_peak) / max(1, high_peak - low_peak)
+        share = low + round((high - low) * min(0.5, max(0.1, part)))
+        if budget >= high_peak and not tried:
+            share = total
+        try:
+            found, peak, taken = attempt(share)
+        except InfeasibleError as error:
+            share = error.least + error.least // 10_000 + 1  # the solver's tolerance
+            if share >= high and tried:
+                break
+            found, peak, taken = attempt(share)
+            low = share
+        tried.append(found)
         if peak <= budget:
-            return dataclasses.replace(found, budget=budget, measured=peak)
-        over = peak - budget
-        target -= over
-    raise ValueError(
-        f"`hbm` is {format_bytes(budget)}, and after {_COMPILATIONS} compilations the peak is still "
-        f"{format_bytes(over)} above it: give {format_bytes(budget + over)}, or `host` memory"
-    )
+            low, low_peak = share, peak
+        else:
+            high, high_peak = min(share, taken), peak
+        if high - low <= 0.02 * total or 0.97 * budget <= peak <= budget:
+            break
+    return tried
 
 
-class _Search:
+class Search:
     """Solves for shares of the budget until the predicted peak of the rewritten program fits."""
 
     def __init__(
@@ -179,8 +150,26 @@ class _Search:
         return self.made("optimal", budget, dataclasses.replace(choice, bound=bound), prediction)
 
     @property
+    def timeline(self) -> tuple[int, ...]:
+        """Bytes over the operations of the program as it is."""
+        return _bytes_over_time(self.before)
+
+    @property
+    def carried(self) -> int:
+        """Bytes that the program carries over."""
+        problem = self.numbers(0).problem
+        return sum(problem.values[i].nbytes for i in problem.required)
+
+    @property
+    def movable(self) -> int:
+        """Bytes that a plan could do without: what is carried over, and arguments that may be on the host."""
+        return self.carried + sum(tier.site.options[0].nbytes for tier in self.tiers)
+
+    @property
     def simple(self) -> list[Choice]:
         """What needs no solving: the baselines, those that offload only where there is a host."""
+        if 100 * self.carried < self.before.peak:
+            return []
         choices = [rule(self.places, self.numbers(0)) for rule in BASELINES.values()]
         return [c for c in choices if c.host_nbytes <= self.host]
 
@@ -193,49 +182,25 @@ class _Search:
         names = ", ".join(f"{b.name} ({format_bytes(b.nbytes)})" for b in least.at_peak[:5])
         ways = [] if self.host else ["give `host` memory to offload to"]
         ways += [] if self.codec else ["allow `encode`"]
-        raise ValueError(
+        raise BudgetError(
             f"`hbm` is {format_bytes(budget)}; the least that was reached is {format_bytes(least.peak)}: arguments and "
             f"outputs take {format_bytes(least.arguments + least.outputs)}, and at the peak there are {names}. To need "
-            f"less, {' or '.join([*ways, 'make the batch smaller'])}."
+            f"less, {' or '.join([*ways, 'make the batch smaller'])}.",
+            least.peak,
         )
 
     def for_reach(self, labels: Numbers, budget: int) -> list[tuple[Choice, Prediction]]:
-        """Choices for shares of the budget, nearer and nearer to the largest that fits.
+        """Choices for shares of the budget."""
+        problem, limit = labels.problem, self.limit / _ROUNDS
+        total = self.movable
+        base = self.before.arguments + self.before.outputs + self.carried - total
 
-        How much of what is kept is in memory at the peak is the compiler's affair, so shares are searched by what is
-        predicted of the whole program.
-        """
-        given = sum(tier.site.options[0].nbytes for tier in self.tiers)
-        total = given + sum(labels.problem.values[i].nbytes for i in labels.problem.required)
-        base = self.before.arguments + self.before.outputs - given
-        low, low_peak, high, high_peak = 0, base, total, self.before.peak
-        tried: list[tuple[Choice, Prediction]] = []
-        for _ in range(_ROUNDS):
-            part = (budget - low_peak) / max(1, high_peak - low_peak)
-            share = low + round((high - low) * min(0.5, max(0.1, part)))
-            if budget >= self.before.peak and not tried:
-                share = total
-            try:
-                choice = choose(
-                    labels.problem, share, self.host, gap=_GAP, time_limit=self.limit / _ROUNDS
-                )
-            except InfeasibleError as error:
-                share = error.least + error.least // 10_000 + 1  # the solver's tolerance
-                if share >= high and tried:
-                    break
-                choice = choose(
-                    labels.problem, share, self.host, gap=_GAP, time_limit=self.limit / _ROUNDS
-                )
-                low = share
-            tried.append((choice, self.predicted(choice)))
-            peak = tried[-1][1].peak
-            if peak <= budget:
-                low, low_peak = share, peak
-            else:
-                high, high_peak = min(share, choice.nbytes), peak
-            if high - low <= 0.02 * total or 0.97 * budget <= peak <= budget:
-                break
-        return tried
+        def attempt(share: int) -> tuple[tuple[Choice, Prediction], int, int]:
+            choice = choose(problem, share, self.host, gap=_GAP, time_limit=limit)
+            prediction = self.predicted(choice)
+            return (choice, prediction), prediction.peak, choice.nbytes
+
+        return by_shares(attempt, budget, total, base, self.before.peak)
 
     def baseline(self, name: str) -> Plan:
         choice = BASELINES[name](self.places, self.numbers(0))
