@@ -320,6 +320,9 @@ def test_the_picture(ending, tmp_path):
     found.save_picture(tmp_path / f"plan.{ending}")
     assert (tmp_path / f"plan.{ending}").stat().st_size > 1000
     assert "<svg" in found._repr_html_()
+    for line, peak in zip(found.timelines, (found.before, found.after)):
+        assert max(map(sum, zip(*(band.nbytes for band in line)))) == peak
+    assert all(0 <= box.start < box.end <= 1 for box in found.boxes)
 
 
 @pytest.mark.parametrize(
@@ -328,3 +331,56 @@ def test_the_picture(ending, tmp_path):
 )
 def test_sizes(text, nbytes):
     assert memory_planner.parse_bytes(text, "hbm") == nbytes
+
+
+FORMATS = {"weights": ("int8", "int4-g32"), "caches": ("int8",), "cache": 2}
+
+
+def decoder(length=256):
+    functions, params = models.functions(CONFIG), models.init_params(CONFIG)
+    cache = lambda: functions.init_cache(1, length)
+    return functions.step, (params, jnp.ones((1, 1), jnp.int32), jax.eval_shape(cache)), cache
+
+
+@pytest.mark.parametrize(
+    ("share", "host"), [(0.3, 0), pytest.param(0.25, "1MiB", marks=pytest.mark.slow)]
+)
+def test_formats_of_weights_and_caches_are_chosen_for_a_budget(share, host):
+    step, args, cache = decoder()
+    planner = functools.partial(plan, step, *args, host=host, donate=2, **FORMATS)
+    whole = memory_planner.predict(step, *args, donate=2, device="v5e").peak
+    found = planner(hbm=int(share * whole))
+    assert found.after <= found.budget < found.before == whole
+    stored = {f.how.removeprefix("host:") for f in found.formats}
+    assert stored != {"as it is"}
+    assert (found.host > 0) == bool(host)
+    again = Plan.from_json(found.to_json())
+    assert again == found
+    small = again.apply(step)
+    got, _ = jitted(small)(*small.prepare(*args))
+    want, _ = jitted(step)(*args[:2], cache())
+    error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+    assert error < (0.05 if stored <= {"as it is", "int8"} else 0.5)
+
+
+def test_formats_that_are_not_needed_are_not_taken_unless_they_are_faster():
+    step, args, _ = decoder(512)
+    planner = functools.partial(plan, step, *args, donate=2, **FORMATS)
+    assert {f.how for f in planner().formats} == {"as it is"}
+    fast = planner(least="seconds")
+    assert {f.how for f in fast.formats if f.kind == "weights"} == {"int4-g32"}
+    assert fast.step_after < fast.step_before
+
+
+def test_formats_by_a_wrong_name():
+    step, args, _ = decoder()
+    with pytest.raises(ValueError, match="`caches` has 'kv5'; expected a recipe"):
+        plan(step, *args, caches=("kv5",), cache=2)
+    with pytest.raises(ValueError, match="`caches` has 'select', which needs arguments"):
+        plan(step, *args, caches=("select",), cache=2)
+    with pytest.raises(ValueError, match="`cache` is not: say which argument"):
+        plan(step, *args, caches=("kv4",))
+    with pytest.raises(ValueError, match="`least` is 'error'; expected 'loss' or 'seconds'"):
+        plan(step, *args, least="error")
+    with pytest.raises(ValueError, match=r"argument 5 is none of the 3 given"):
+        plan(step, *args, caches=("kv4",), cache=5)

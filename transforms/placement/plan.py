@@ -22,6 +22,7 @@ from .flat import Flat, flatten
 from .formats import Format, Roles, composed, converted
 from .memory import HOST, host_type
 from .residuals import Numbers, Place, numbers, places
+from .timeline import Band, Box
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Plan:
       host: bytes of host memory that are used.
       codec: of encoded values; "" where there are none.
       fingerprint: of the program; `apply` takes no other.
-      timelines: bytes over the operations, before and after.
+      timelines: bytes over the operations by tensor, before and after.
+      boxes: where the largest temporaries can lie, after.
       measured: peak of the compiled program, bytes; None where it was not asked for.
       formats: of weights and caches, where some were allowed.
       roles: which arguments hold these; None without formats.
@@ -79,7 +81,8 @@ class Plan:
     host: int
     codec: str
     fingerprint: str
-    timelines: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    timelines: tuple[tuple[Band, ...], tuple[Band, ...]] = ((), ())
+    boxes: tuple[Box, ...] = ()
     measured: int | None = None
     streamed: tuple[str, ...] = ()
     formats: tuple[Format, ...] = ()
@@ -117,7 +120,9 @@ class Plan:
             fields = json.loads(text)
             fields["kept"] = tuple(Kept(**k) for k in fields["kept"])
             fields["again"], fields["streamed"] = tuple(fields["again"]), tuple(fields["streamed"])
-            fields["timelines"] = tuple(map(tuple, fields["timelines"]))
+            band = lambda b: Band(b["name"], tuple(b["nbytes"]))
+            fields["timelines"] = tuple(tuple(map(band, line)) for line in fields["timelines"])
+            fields["boxes"] = tuple(Box(**b) for b in fields["boxes"])
             fields["formats"] = tuple(Format(**f) for f in fields["formats"])
             fields["roles"] = None if fields["roles"] is None else Roles(**fields["roles"])
             return cls(**fields)
@@ -127,7 +132,7 @@ class Plan:
             ) from None
 
     def save_picture(self, path: str | Path) -> None:
-        """Bytes over time, before and after, as SVG or PNG by the ending of `path`."""
+        """Bytes over time by tensor, before and after, and offsets; SVG or PNG by the ending of `path`."""
         from .picture import draw
 
         draw(self, Path(path))

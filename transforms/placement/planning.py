@@ -25,6 +25,7 @@ from .flat import flatten
 from .formats import Format, Roles, composed, converted
 from .plan import Plan
 from .search import BudgetError, Search, by_shares
+from .timeline import bands
 
 _COMPILATIONS = 4
 
@@ -107,8 +108,9 @@ def plan(
     if weights or caches:
         at = [None if key is None else _place(fn, key, len(args)) for key in (params, cache)]
         roles = Roles(at[0] or 0, at[1])
-        table = options.table(fn, args, roles, weights, caches, own)
-        make = lambda budget: _joint(fn, args, roles, table, own, search, budget, least)
+        shapes = _shapes(args)
+        table = options.table(fn, shapes, roles, weights, caches, own)
+        make = lambda budget: _joint(fn, shapes, roles, table, own, search, budget, least)
     else:
         make = own
     return _measured(make, budget, fn, args, donate) if measure else make(budget)
@@ -135,7 +137,7 @@ def _joint(
     made: dict[tuple[Format, ...], _Composed] = {}
 
     def attempt(share: int) -> tuple[tuple[float, _Composed], int, int]:
-        choice = choose(problem, share, own.host, least=least)
+        choice = choose(problem, share, own.host, least=least, gap=1e-3, time_limit=own.limit / 6)
         chosen = tuple(row.formats[o] for row, o in zip(table, choice.options))
         if chosen not in made:
             small = composed(fn, chosen, roles)
@@ -154,7 +156,7 @@ def _joint(
         roles=roles,
         before=own.before.peak,
         step_before=own.before.seconds,
-        timelines=(own.timeline, best.plan.timelines[1]),
+        timelines=(bands(own.before), best.plan.timelines[1]),
     )
 
 
@@ -168,7 +170,8 @@ class _Composed:
     def __init__(self, search: Search, formats: tuple[Format, ...], budget: int):
         self.search, self.formats, self.budget = search, formats, budget
         self.peak, self.seconds = search.before.peak, search.before.seconds
-        if budget < self.peak <= budget + search.movable:
+        helps = search.carries or bool(search.tiers)
+        if helps and budget < self.peak <= budget + search.movable:
             try:
                 self.peak, self.seconds = self.plan.after, self.plan.step_after
             except BudgetError as error:

@@ -29,6 +29,7 @@ from .memory import host_type
 from .plan import Kept, Plan, decided
 from .residuals import Numbers, numbers, places
 from .tiers import on_host, tiers
+from .timeline import bands, boxes
 
 _REACHES = (2, 1, 4, 8)
 _ROUNDS = 6
@@ -132,6 +133,8 @@ class Search:
         )
 
     def __call__(self, budget: int) -> Plan:
+        if not self.carries and self.before.peak <= budget:
+            return self.unchanged(budget)
         found: list[list[tuple[Choice, Prediction]]] = []
         for reach in self.reaches:
             found.append(self.for_reach(self.numbers(reach), budget))
@@ -150,15 +153,15 @@ class Search:
         return self.made("optimal", budget, dataclasses.replace(choice, bound=bound), prediction)
 
     @property
-    def timeline(self) -> tuple[int, ...]:
-        """Bytes over the operations of the program as it is."""
-        return _bytes_over_time(self.before)
-
-    @property
     def carried(self) -> int:
         """Bytes that the program carries over."""
         problem = self.numbers(0).problem
         return sum(problem.values[i].nbytes for i in problem.required)
+
+    @property
+    def carries(self) -> bool:
+        """Whether that is worth a thought."""
+        return 100 * self.carried >= self.before.peak
 
     @property
     def movable(self) -> int:
@@ -168,7 +171,7 @@ class Search:
     @property
     def simple(self) -> list[Choice]:
         """What needs no solving: the baselines, those that offload only where there is a host."""
-        if 100 * self.carried < self.before.peak:
+        if not self.carries:
             return []
         choices = [rule(self.places, self.numbers(0)) for rule in BASELINES.values()]
         return [c for c in choices if c.host_nbytes <= self.host]
@@ -201,6 +204,13 @@ class Search:
             return (choice, prediction), prediction.peak, choice.nbytes
 
         return by_shares(attempt, budget, total, base, self.before.peak)
+
+    def unchanged(self, budget: int) -> Plan:
+        """The plan of a program that fits and carries nothing worth a thought."""
+        choice = BASELINES["keep-all"](self.places, self.numbers(0))
+        bound = choose(self.numbers(0).problem, self.movable, self.host, gap=_GAP).bound
+        choice = dataclasses.replace(choice, bound=min(choice.seconds, bound))
+        return self.made("optimal", budget, choice, self.before)
 
     def baseline(self, name: str) -> Plan:
         choice = BASELINES[name](self.places, self.numbers(0))
@@ -239,9 +249,6 @@ class Search:
             ),
             codec=self.encode if encoded else "",
             fingerprint=self.flat.fingerprint,
-            timelines=(_bytes_over_time(self.before), _bytes_over_time(prediction)),
+            timelines=(bands(self.before), bands(prediction)),
+            boxes=boxes(prediction),
         )
-
-
-def _bytes_over_time(prediction: Prediction) -> tuple[int, ...]:
-    return tuple(moment.nbytes for moment in prediction.timeline)
