@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import stowax as sx
 from stowax import memory_planner, models
@@ -384,3 +386,43 @@ def test_formats_by_a_wrong_name():
         plan(step, *args, least="error")
     with pytest.raises(ValueError, match=r"argument 5 is none of the 3 given"):
         plan(step, *args, caches=("kv4",), cache=5)
+
+
+LAYERS = {
+    "dense": lambda x, w: jnp.tanh(x @ w),
+    "gate": lambda x, w: x * jax.nn.sigmoid(x @ w),
+    "add": lambda x, w: x + jnp.sin(x @ w) @ w.T,
+    "norm": lambda x, w: (x - x.mean(-1, keepdims=True)) * (w[0] + 1.0),
+    "softmax": lambda x, w: jax.nn.softmax(x @ w) @ w,
+}
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from(sorted(LAYERS)), min_size=3, max_size=7),
+    st.floats(0, 1),
+    st.booleans(),
+)
+def test_no_plan_exceeds_its_budget_or_changes_a_result(names, part, host):
+    """Random differentiated programs; what is alive is added up again, buffer by buffer."""
+
+    def loss(ws, x):
+        for name, w in zip(names, ws):
+            x = LAYERS[name](x, w)
+        return (x * x).sum()
+
+    fn = jax.grad(loss)
+    draw = np.random.default_rng(len(names)).standard_normal
+    args = (
+        [jnp.asarray(draw((16, 16)), jnp.float32) / 4 for _ in names],
+        jnp.asarray(draw((256, 16)), jnp.float32),
+    )
+    ends = [plan(fn, *args, strategy=s).after for s in ("keep-all", "full-remat", "save-dots")]
+    budget = round(min(ends) + part * (max(ends) - min(ends)))
+    found = plan(fn, *args, hbm=budget, host="1MiB" if host else 0)
+    applied = found.apply(fn)
+    seen = memory_planner.predict(applied, *args, device="v5e")
+    alive = lambda t: sum(b.nbytes for b in seen.buffers if b.start <= t < b.end)
+    naive = max(map(alive, range(len(seen.operations))), default=0)
+    assert seen.arguments + seen.outputs + naive == found.after <= budget
+    check_equal(applied(*args), fn(*args))
