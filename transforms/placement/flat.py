@@ -55,7 +55,7 @@ class Flat:
 def flatten(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flat:
     """Traces `fn` and flattens it."""
     flat, leaves = of_arrays(fn, args, kwargs)
-    shapes = [_on_device(v) for v in leaves.values()]
+    shapes = [on_device(v) for v in leaves.values()]
     whole, out = jax.make_jaxpr(flat, return_shape=True)(*shapes)
     body, consts = compat.open_jaxpr(whole)
     inlined = jax.make_jaxpr(lambda *x: evaluate(body, consts, x))(*shapes)
@@ -87,7 +87,7 @@ def _replaced(given: Sequence[Any], results: Sequence[Any]) -> dict[int, int]:
     return found
 
 
-def _on_device(leaf: Any) -> Any:
+def on_device(leaf: Any) -> Any:
     """The shape of a leaf as the program sees it, wherever it lives."""
     if jax.typeof(leaf).memory_space == DEVICE:
         return leaf

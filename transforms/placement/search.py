@@ -24,7 +24,7 @@ from stowax.pallas_kernels import codecs
 
 from . import rewrite
 from .baselines import BASELINES
-from .flat import Flat
+from .flat import Flat, on_device
 from .memory import host_type
 from .plan import Kept, Plan, decided
 from .residuals import Numbers, numbers, places
@@ -97,7 +97,9 @@ class Search:
         self.codec = codecs.get(encode) if encode else None
         self.encode = encode
         self.places = places(flat)
-        self.leaves: list[Any] = [x for x in jax.tree.leaves(args) if hasattr(x, "shape")]
+        self.leaves: list[Any] = [
+            on_device(x) for x in jax.tree.leaves(args) if hasattr(x, "shape")
+        ]
         self.tiers = tiers(flat) if host else []
         self.bits = self.codec.bits_per_weight((1, 4096)) if self.codec is not None else 0.0
         self.before = self.predicted(None)
