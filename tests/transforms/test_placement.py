@@ -397,7 +397,7 @@ LAYERS = {
 }
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     st.lists(st.sampled_from(sorted(LAYERS)), min_size=3, max_size=7),
     st.floats(0, 1),
