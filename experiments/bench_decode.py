@@ -22,7 +22,7 @@ from absl import app, flags
 
 import stowax as sx
 from stowax import memory_planner, models
-from stowax.experiments import kv_methods
+from stowax.experiments import kv_methods, sizes
 from stowax.experiments.results import write_json
 from stowax.transforms.report import counted, text_table
 
@@ -40,25 +40,6 @@ STEPS = flags.DEFINE_integer("steps", 30, "Steps that are timed.")
 OUT = flags.DEFINE_string("out", "", "JSON file for the results; none by default.")
 
 HEADER = ("linear layers", "caches", "weights, MB", "caches, MB", "ms a step", "of bf16", "paths")
-
-
-def config(layers: int) -> models.LlamaConfig:
-    return models.LlamaConfig(
-        vocab_size=32_000,
-        dim=4096,
-        layers=layers,
-        heads=32,
-        kv_heads=8,
-        head_dim=128,
-        ffn_dim=14_336,
-        dtype=jnp.bfloat16,
-    )
-
-
-def random_params(c: models.LlamaConfig) -> Any:
-    shapes = jax.eval_shape(lambda: models.init_params(c, scan=SCAN.value))
-    draw = lambda s: 0.02 * jax.random.normal(jax.random.key(s.size % 97), s.shape, jnp.bfloat16)
-    return jax.tree.map(draw, shapes)
 
 
 def filled(cache: Any) -> Any:
@@ -137,9 +118,9 @@ def measure(functions: Any, params: Any, token: jax.Array, spec: str, method: st
 
 
 def main(_: list[str]) -> None:
-    c = config(LAYERS.value)
+    c = sizes.llama8b(LAYERS.value)
     functions = models.functions(c, scan=SCAN.value)
-    params, token = random_params(c), jnp.ones((BATCH.value, 1), jnp.int32)
+    params, token = sizes.random_params(c, SCAN.value), jnp.ones((BATCH.value, 1), jnp.int32)
     cases = [
         ("", ""),
         *((s, "") for s in SPECS.value),

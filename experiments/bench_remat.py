@@ -3,7 +3,7 @@
   python -m stowax.experiments.bench_remat --device=h100
 
 Each program is compiled and run here; the peak is XLA's own (`memory_report`), beside what was predicted. Writes
-out/bench_remat.json and .png. Expected on one H100: in docs/memory_planner.md. 5 minutes.
+out/bench_remat.json and .png. Expected on one H100: in docs/plans.md. 5 minutes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 
 import stowax as sx
 from stowax import memory_planner, models
-from stowax.experiments import pictures
+from stowax.experiments import pictures, sizes
 from stowax.experiments.results import write_json
 from stowax.transforms.placement import BASELINES
 from stowax.transforms.report import text_table
@@ -55,21 +53,10 @@ HEADER = (
 
 def problem() -> tuple[Any, Any, Any]:
     """The gradient, parameters and tokens."""
-    c = models.LlamaConfig(
-        vocab_size=32_000, dim=DIM.value, layers=LAYERS.value, heads=DIM.value // 64, kv_heads=DIM.value // 64,
-        head_dim=64, ffn_dim=4 * DIM.value, dtype=jnp.bfloat16,
-    )  # fmt: skip
-    functions = models.functions(c, scan=SCAN.value)
+    c = sizes.transformer(LAYERS.value, DIM.value)
     params = models.init_params(c, scan=SCAN.value)
-
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = functions.forward(params, tokens[:, :-1])
-        picked = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
-        return (jax.nn.logsumexp(logits.astype(jnp.float32), -1) - picked).mean()
-
-    shape = (BATCH.value, LENGTH.value + 1)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 32_000, shape))
-    return jax.value_and_grad(loss), params, tokens
+    tokens = sizes.random_tokens(c, BATCH.value, LENGTH.value)
+    return jax.value_and_grad(sizes.loss(c, SCAN.value)), params, tokens
 
 
 def measure(name: str, plan: sx.Plan, fn: Any, args: Any) -> dict[str, Any]:

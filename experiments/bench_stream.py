@@ -4,7 +4,7 @@
 
 A Llama of the shape of 8 billion parameters, scanned, random weights in bfloat16 (`--spec` packs them first). The floor
 is the bytes on the host over the measured rate of one large copy. Writes out/bench_stream.json. One H100: 2 minutes;
-what to expect is in docs/memory_planner.md.
+what to expect is in docs/plans.md.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from absl import app, flags
 
 import stowax as sx
 from stowax import memory_planner, models
+from stowax.experiments import sizes
 from stowax.experiments.results import write_json
 from stowax.transforms.report import text_table
 
@@ -31,14 +32,6 @@ STEPS = flags.DEFINE_integer("steps", 5, "Steps that are timed.")
 OUT = flags.DEFINE_string("out", "out/bench_stream.json", "Results.")
 
 HEADER = ("weights", "on host, MB", "device, MB", "ms a step", "floor, ms", "of the link")
-
-
-def config() -> models.LlamaConfig:
-    dim = DIM.value
-    return models.LlamaConfig(
-        vocab_size=32_000, dim=dim, layers=LAYERS.value, heads=dim // 128, kv_heads=max(1, dim // 512), head_dim=128,
-        ffn_dim=dim * 7 // 2, dtype=jnp.bfloat16,
-    )  # fmt: skip
 
 
 def link_bytes_per_second() -> float:
@@ -58,9 +51,7 @@ def _median(run: Any) -> float:
 
 
 def measure(spec: str, functions: Any, link: float) -> dict[str, Any]:
-    shapes = jax.eval_shape(lambda: models.init_params(config()))
-    draw = lambda s: 0.02 * jax.random.normal(jax.random.key(s.size % 97), s.shape, jnp.bfloat16)
-    params, step = jax.tree.map(draw, shapes), functions.step
+    params, step = sizes.random_params(sizes.llama8b(LAYERS.value, DIM.value)), functions.step
     token, cache = jnp.ones((BATCH.value, 1), jnp.int32), functions.init_cache(BATCH.value, 256)
     if spec:
         step = sx.quantize({"embed|norm": None, "": spec})(step, params=0)
@@ -85,7 +76,7 @@ def measure(spec: str, functions: Any, link: float) -> dict[str, Any]:
 def main(_: list[str]) -> None:
     link = link_bytes_per_second()
     print(f"link: {link / 1e9:.1f} GB/s", flush=True)
-    functions = models.functions(config())
+    functions = models.functions(sizes.llama8b(LAYERS.value, DIM.value))
     rows = []
     for spec in SPECS.value:
         rows.append(measure(spec, functions, link))

@@ -19,6 +19,7 @@ from absl import app, flags
 
 import stowax as sx
 from stowax import memory_planner, models
+from stowax.experiments import sizes
 from stowax.transforms.placement import BASELINES
 
 MODEL = flags.DEFINE_enum("model", "llama", ["llama", "SmolLM2-135M"], "Whose shape.")
@@ -38,32 +39,19 @@ OUT = flags.DEFINE_string("out", "out/plan_memory", "Folder for what is written.
 
 
 def config() -> models.LlamaConfig:
-    if MODEL.value == "SmolLM2-135M":
-        sizes: dict[str, Any] = {
-            "vocab_size": 49_152, "dim": 576, "layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64, "ffn_dim": 1536,
-        }  # fmt: skip
-    else:
-        heads = max(1, DIM.value // 64)
-        sizes = {
-            "vocab_size": 32_000, "dim": DIM.value, "layers": LAYERS.value, "heads": heads, "kv_heads": heads,
-            "head_dim": 64, "ffn_dim": 4 * DIM.value,
-        }  # fmt: skip
-    return models.LlamaConfig(**sizes, dtype=jnp.bfloat16)
+    if MODEL.value == "llama":
+        return sizes.transformer(LAYERS.value, DIM.value)
+    return models.LlamaConfig(
+        vocab_size=49_152, dim=576, layers=30, heads=9, kv_heads=3, head_dim=64, ffn_dim=1536, dtype=jnp.bfloat16
+    )  # fmt: skip
 
 
 def gradient() -> tuple[Any, Any, Any]:
     """The function that is planned, and the shapes of its arguments."""
     c = config()
-    functions = models.functions(c, scan=SCAN.value)
-
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = functions.forward(params, tokens[:, :-1])
-        picked = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
-        return (jax.nn.logsumexp(logits.astype(jnp.float32), -1) - picked).mean()
-
     params = jax.eval_shape(lambda: models.init_params(c, scan=SCAN.value))
     tokens = jax.ShapeDtypeStruct((BATCH.value, LENGTH.value + 1), jnp.int32)
-    return jax.value_and_grad(loss), params, tokens
+    return jax.value_and_grad(sizes.loss(c, SCAN.value)), params, tokens
 
 
 def main(_: list[str]) -> None:

@@ -6,9 +6,12 @@ from .choose import OFFLOAD as OFFLOAD
 from .choose import Candidate as Candidate
 from .choose import Choice as Choice
 from .choose import InfeasibleError as InfeasibleError
+from .choose import Option as Option
 from .choose import Problem as Problem
 from .choose import Recompute as Recompute
+from .choose import Site as Site
 from .choose import choose as choose
+from .choose import gap_of as gap_of
 from .cost import op_seconds as op_seconds
 from .cost import seconds as seconds
 from .devices import Device as Device

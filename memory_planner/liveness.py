@@ -165,7 +165,8 @@ class _Lives:
         """When a result moves into the donated argument that it replaces; None if it is made there."""
         target = self.targets.get(value)
         busy = -1 if target is None else last.get(target, -1)
-        direct = busy == i and (is_fusible(step.op) or step.op.name in UPDATES)
+        inside = is_fusible(step.op) or step.op.name in UPDATES or _carry(step.op, value) is target
+        direct = busy == i and inside
         return None if busy < i or direct else busy + 1
 
     def overwritten(self, step: Step, number: int, value: Value, i: int, last: Mapping[Value, int]):
@@ -180,12 +181,11 @@ class _Lives:
 
     def candidates(self, step: Step, number: int, value: Value) -> Iterator[Value]:
         op, home = step.op, self.memory.home
-        if op.name in UPDATES:
+        if op.name in UPDATES and op.inputs[0] in home:
             yield home[op.inputs[0]]
         elif op.name in ("scan", "while"):
-            at = op.outputs.index(value)
-            if at < op.carries and op.inputs[op.consts + at] in home:
-                yield home[op.inputs[op.consts + at]]
+            if (carry := _carry(op, value)) in home:
+                yield home[carry]
         elif is_fusible(op) and not any(u.name in REDUCTIONS for u in self.users.get(value, ())):
             multiplied = self.memory.products.get(value, frozenset())
             equal = [v for v in step.reads if v.nbytes == value.nbytes and v not in multiplied]
@@ -198,6 +198,13 @@ class _Lives:
         if self.rules.rounds_products and rounded and value not in self.kept | self.returned:
             return value.nbytes // 2
         return value.nbytes
+
+
+def _carry(op: Op, value: Value) -> Value | None:
+    """The operand that a loop carries to `value`, one of its results; None if it is a stack."""
+    at = op.outputs.index(value)
+    looped = op.name in ("scan", "while") and at < op.carries
+    return op.inputs[op.consts + at] if looped else None
 
 
 def _flat(steps: Sequence[Step], spans: Sequence[Span], rules: Rules) -> Lifetimes:

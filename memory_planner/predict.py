@@ -185,7 +185,9 @@ def predict(
         graph = dataclasses.replace(graph, ops=block.ops, outputs=block.outputs)
     lives = lifetimes(graph, rules)
     inside = donations(graph)
-    written = {span.value for span in lives.spans} | {*graph.inputs, *graph.outputs}
+    blocks = [graph, *(block for op in graph.walk() for block in op.blocks)]
+    written = {span.value for span in lives.spans}
+    written |= {v for block in blocks for v in (*block.inputs, *block.outputs)}
     return Prediction(
         device=target,
         arguments=_nbytes(graph.inputs),

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stowax.memory_planner import Candidate, InfeasibleError, Problem, Recompute, choose
+from stowax.memory_planner import (
+    Candidate,
+    InfeasibleError,
+    Option,
+    Problem,
+    Recompute,
+    Site,
+    choose,
+)
 
 SIZES = st.integers(1, 20)
 
@@ -126,3 +134,43 @@ def test_an_infeasible_budget_says_what_pins_it():
     ) as error:
         choose(problem, 10)
     assert (error.value.least, error.value.pinned) == (64, ("carry",))
+
+
+@st.composite
+def tables(draw):
+    """Random sites: options that lose more are smaller, those on the host move what they take."""
+    sites = []
+    for i in range(draw(st.integers(1, 3))):
+        options = []
+        for loss in range(draw(st.integers(1, 3))):
+            size, seconds = draw(SIZES), float(draw(SIZES))
+            options.append(Option(f"{loss}", size, seconds=seconds, loss=loss))
+            options.append(Option(f"{loss} host", 1, host=size, up=size, seconds=1.0, loss=loss))
+        sites.append(Site(f"s{i}", tuple(options)))
+    return tuple(sites)
+
+
+@settings(max_examples=40, deadline=None)
+@given(graphs(most=3), tables(), st.integers(0, 60), st.integers(0, 20), st.booleans())
+def test_options_of_sites_are_chosen_together_with_what_is_kept(graph, sites, budget, host, lossy):
+    problem = dataclasses.replace(graph, sites=sites, from_host=2.0)
+    best = None
+    for taken in itertools.product(*(site.options for site in sites)):
+        rest = budget - sum(o.nbytes for o in taken)
+        seconds = brute_force(graph, rest) if rest >= 0 else None
+        if seconds is None or sum(o.host for o in taken) > host:
+            continue
+        seconds += sum(o.seconds + o.up / 2.0 for o in taken)
+        key = (sum(o.loss for o in taken) if lossy else 0, seconds)
+        best = key if best is None else min(best, key)
+    least = "loss" if lossy else "seconds"
+    if best is None:
+        with pytest.raises(InfeasibleError):
+            choose(problem, budget, host, least=least)
+        return
+    found = choose(problem, budget, host, least=least)
+    assert found.seconds == pytest.approx(best[1], rel=1e-3)
+    taken = [site.options[o] for site, o in zip(sites, found.options)]
+    assert found.host_nbytes == sum(o.host for o in taken) <= host
+    kept = sum(graph.values[i].nbytes for i in found.how)
+    assert found.nbytes == kept + sum(o.nbytes for o in taken) <= budget

@@ -15,10 +15,12 @@ import json
 from stowax.experiments import tpu_estimates
 tpu_estimates.prepare()
 import jax, jax.numpy as jnp
+import stowax as sx
 from stowax import memory_planner
 
-def shaped(*shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=tpu_estimates.sharding("v5e"))
+def shaped(*shape, dtype=jnp.bfloat16, kind="device"):
+    sharding = tpu_estimates.sharding("v5e").with_memory_kind(kind)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 def layers(x, ws, wrap=lambda f: f):
     body = wrap(lambda x, w: (x + jnp.tanh(x @ w) @ w.T, None))
@@ -40,11 +42,18 @@ def append(cache, row, index):
     cache = jax.lax.dynamic_update_slice(cache, row, (0, index, 0))
     return cache, jnp.einsum("bsd,bd->bs", cache, row[:, 0])
 
+def update(ws, state, x):
+    grads = jax.grad(lambda ws: layers(x, ws))(ws)
+    speed = {"m": 0.9 * state["m"] + grads}
+    return ws - 0.1 * speed["m"], speed
+
+stack, state = shaped(16, 2048, 2048), {"m": shaped(16, 2048, 2048, kind="pinned_host")}
 x, ws = shaped(32768, 2048), shaped(6, 2048, 2048)
 PROGRAMS = {
     "scan": (jax.grad(layers, 1), (x, ws), ()),
     "remat": (jax.grad(remat, 1), (x, ws), ()),
     "step": (step, ([(shaped(2048, 8192), shaped(8192, 2048))], x), (0,)),
+    "update": (sx.offload(update, optimizer="host"), (stack, state, shaped(2048, 2048)), (0, 1)),
     "cache": (append, (shaped(32, 8192, 1024), shaped(32, 1, 1024), shaped(dtype=jnp.int32)), (0,)),
 }
 

@@ -7,11 +7,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import stowax as sx
 from stowax import memory_planner, models
-from stowax.transforms.placement import BASELINES, Plan
+from stowax.transforms.placement import BASELINES, Plan, updates
+from stowax.transforms.placement.memory import host_type
 
 CONFIG = models.LlamaConfig(
     vocab_size=64, dim=64, layers=3, heads=2, kv_heads=2, head_dim=32, ffn_dim=128
@@ -189,8 +193,93 @@ def test_packed_weights_on_the_host():
     args = jnp.ones((1, 4), jnp.int32), functions.init_cache(1, 8)
     fast = sx.quantize({"embed|norm": None, "": "int8"})(functions.step, params=0)
     packed = fast.encode(params, *args)
-    streamed = sx.offload(fast)
+    streamed = sx.offload(fast, weights="host")
     check_equal(jitted(streamed)(streamed.place(packed), *args), jitted(fast)(packed, *args))
+
+
+def trainer():
+    """A training step with Adam behind a clip, and its arguments."""
+    loss, _, (ws, x) = mlp()
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+    def step(params, state, x):
+        value, grads = jax.value_and_grad(loss)(params, x)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step, (ws[:3], optimizer.init(ws[:3]), x)
+
+
+def places_of(tree):
+    return [jax.typeof(x).memory_space for x in jax.tree.leaves(tree)]
+
+
+def test_optimizer_state_on_the_host_is_updated_there(monkeypatch):
+    """Two steps, donated, in parts of 2 KiB: the state comes back to where it was, and numbers are equal."""
+    monkeypatch.setattr(updates, "PART", 1 << 11)
+    step, (params, state, x) = trainer()
+    streamed = sx.offload(step, optimizer="host")
+    plain, fast = jitted(step), jax.jit(streamed, donate_argnums=(0, 1))
+    placed = streamed.place(jax.tree.map(np.asarray, state))
+    copies = jax.tree.map(jnp.copy, params)
+    want = plain(*plain(params, state, x)[:2], x)
+    got = fast(*fast(copies, placed, x)[:2], x)
+    assert jax.memory.Space.Host in places_of(got[1])
+    assert places_of(got[1]) == places_of(streamed.place(state))
+    assert jax.memory.Space.Host not in places_of(got[0])
+    check_equal(got, want)
+
+
+def elementwise(params, state, x):
+    """An update by hand: an average of the parameters beside momentum, everything elementwise."""
+    grads = jax.tree.map(lambda p: p * x, params)
+    speed = jax.tree.map(lambda m, g: 0.9 * m + g, state["speed"], grads)
+    params = jax.tree.map(lambda p, m: p - 0.1 * m, params, speed)
+    mean = jax.tree.map(lambda a, p: 0.99 * a + 0.01 * p, state["mean"], params)
+    return params, {"speed": speed, "mean": mean}
+
+
+def test_operation_by_operation_an_update_in_parts_is_equal_bit_for_bit(monkeypatch):
+    monkeypatch.setattr(updates, "PART", 1 << 10)
+    params = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((12, 64)), jnp.float32)}
+    state = {"speed": params, "mean": params}
+    streamed = sx.offload(elementwise, optimizer="host")
+    with jax.disable_jit():
+        want = elementwise(params, state, 0.3)
+    got = streamed(params, streamed.place(state), jnp.float32(0.3))
+    assert set(places_of(got[1])) == {jax.memory.Space.Host}
+    check_equal(got, want, exact=True)
+
+
+def test_what_is_no_elementwise_update_comes_back_whole_or_is_refused():
+    def normalized(w, state, x):
+        mean = 0.5 * state["mean"] + x.T @ x
+        return w - mean / jnp.linalg.norm(mean), {"mean": mean @ mean}
+
+    args = jnp.eye(8), {"mean": jnp.eye(8)}, jnp.ones((4, 8))
+    streamed = sx.offload(normalized, optimizer="host")
+    got = streamed(args[0], streamed.place(args[1]), args[2])
+    assert places_of(got) == [jax.memory.Space.Device, jax.memory.Space.Host]
+    check_equal(got, normalized(*args))
+    lost = sx.offload(lambda w, state, x: w + state["mean"], optimizer="host")
+    with pytest.raises(ValueError, match=r"`state` is argument 1.* 1/mean is no result of the fun"):
+        lost(args[0], lost.place(args[1]), args[2])
+    with pytest.raises(ValueError, match="nothing is offloaded"):
+        sx.offload(normalized)
+
+
+def test_a_loop_over_parts_needs_few_of_them(monkeypatch):
+    """Predicted: donated parameters are updated in place, of the state one part is there."""
+    monkeypatch.setattr(updates, "PART", 1 << 20)
+    params = {"w": jax.ShapeDtypeStruct((16, 512, 512), jnp.float32)}  # 16 MiB
+    on_host = jax.tree.map(host_type, {"speed": params, "mean": params})
+    x = jax.ShapeDtypeStruct((), jnp.float32)
+    streamed = sx.offload(elementwise, optimizer="host")
+    found = memory_planner.predict(streamed, params, on_host, x, donate=(0, 1), device="v5e")
+    assert found.outputs == 0
+    assert found.peak <= (16 + 4) * 2**20
+    both_ways = 2 * 2 * 2**24 / memory_planner.device("v5e").to_host
+    assert both_ways <= found.seconds <= 1.1 * both_ways
 
 
 def test_a_decode_step_streams_the_weights_that_do_not_fit():
@@ -209,6 +298,23 @@ def test_a_decode_step_streams_the_weights_that_do_not_fit():
     check_equal(jitted(found.apply(functions.step))(*placed), jitted(functions.step)(*args))
 
 
+def test_a_training_step_has_so_much_of_its_optimizer_on_the_host_as_it_must(monkeypatch):
+    monkeypatch.setattr(updates, "PART", 1 << 9)
+    step, (params, state, x) = trainer()
+    args = params, state, x[:8]
+    whole = plan(step, *args, donate=(0, 1))
+    found = plan(step, *args, hbm=whole.after - 9_000, host="1GiB", donate=(0, 1))
+    assert found.after <= found.budget
+    assert 0 < len(found.streamed) < 6
+    assert all(path.startswith("1/") for path in found.streamed)
+    assert found.seconds > whole.seconds
+    assert "on the host, fetched part by part" in str(found)
+    placed = Plan.from_json(found.to_json()).place(*args)
+    got = jitted(found.apply(step))(*placed)
+    assert places_of(got[1]) == places_of(placed[1])
+    check_equal(got, jitted(step)(*args))
+
+
 @pytest.mark.parametrize("ending", ["svg", "png"])
 def test_the_picture(ending, tmp_path):
     _, fn, args = mlp()
@@ -216,6 +322,9 @@ def test_the_picture(ending, tmp_path):
     found.save_picture(tmp_path / f"plan.{ending}")
     assert (tmp_path / f"plan.{ending}").stat().st_size > 1000
     assert "<svg" in found._repr_html_()
+    for line, peak in zip(found.timelines, (found.before, found.after)):
+        assert max(map(sum, zip(*(band.nbytes for band in line)))) == peak
+    assert all(0 <= box.start < box.end <= 1 for box in found.boxes)
 
 
 @pytest.mark.parametrize(
@@ -224,3 +333,96 @@ def test_the_picture(ending, tmp_path):
 )
 def test_sizes(text, nbytes):
     assert memory_planner.parse_bytes(text, "hbm") == nbytes
+
+
+FORMATS = {"weights": ("int8", "int4-g32"), "caches": ("int8",), "cache": 2}
+
+
+def decoder(length=256):
+    functions, params = models.functions(CONFIG), models.init_params(CONFIG)
+    cache = lambda: functions.init_cache(1, length)
+    return functions.step, (params, jnp.ones((1, 1), jnp.int32), jax.eval_shape(cache)), cache
+
+
+@pytest.mark.parametrize(
+    ("share", "host"), [(0.3, 0), pytest.param(0.25, "1MiB", marks=pytest.mark.slow)]
+)
+def test_formats_of_weights_and_caches_are_chosen_for_a_budget(share, host):
+    step, args, cache = decoder()
+    planner = functools.partial(plan, step, *args, host=host, donate=2, **FORMATS)
+    whole = memory_planner.predict(step, *args, donate=2, device="v5e").peak
+    found = planner(hbm=int(share * whole))
+    assert found.after <= found.budget < found.before == whole
+    stored = {f.how.removeprefix("host:") for f in found.formats}
+    assert stored != {"as it is"}
+    assert (found.host > 0) == bool(host)
+    again = Plan.from_json(found.to_json())
+    assert again == found
+    small = again.apply(step)
+    got, _ = jitted(small)(*small.prepare(*args))
+    want, _ = jitted(step)(*args[:2], cache())
+    error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+    assert error < (0.05 if stored <= {"as it is", "int8"} else 0.5)
+
+
+def test_formats_that_are_not_needed_are_not_taken_unless_they_are_faster():
+    step, args, _ = decoder(512)
+    planner = functools.partial(plan, step, *args, donate=2, **FORMATS)
+    assert {f.how for f in planner().formats} == {"as it is"}
+    fast = planner(least="seconds")
+    assert {f.how for f in fast.formats if f.kind == "weights"} == {"int4-g32"}
+    assert fast.step_after < fast.step_before
+
+
+def test_formats_by_a_wrong_name():
+    step, args, _ = decoder()
+    with pytest.raises(ValueError, match="`caches` has 'kv5'; expected a recipe"):
+        plan(step, *args, caches=("kv5",), cache=2)
+    with pytest.raises(ValueError, match="`caches` has 'select', which needs arguments"):
+        plan(step, *args, caches=("select",), cache=2)
+    with pytest.raises(ValueError, match="`cache` is not: say which argument"):
+        plan(step, *args, caches=("kv4",))
+    with pytest.raises(ValueError, match="`least` is 'error'; expected 'loss' or 'seconds'"):
+        plan(step, *args, least="error")
+    with pytest.raises(ValueError, match=r"argument 5 is none of the 3 given"):
+        plan(step, *args, caches=("kv4",), cache=5)
+
+
+LAYERS = {
+    "dense": lambda x, w: jnp.tanh(x @ w),
+    "gate": lambda x, w: x * jax.nn.sigmoid(x @ w),
+    "add": lambda x, w: x + jnp.sin(x @ w) @ w.T,
+    "norm": lambda x, w: (x - x.mean(-1, keepdims=True)) * (w[0] + 1.0),
+    "softmax": lambda x, w: jax.nn.softmax(x @ w) @ w,
+}
+
+
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from(sorted(LAYERS)), min_size=3, max_size=7),
+    st.floats(0, 1),
+    st.booleans(),
+)
+def test_no_plan_exceeds_its_budget_or_changes_a_result(names, part, host):
+    """Random differentiated programs; what is alive is added up again, buffer by buffer."""
+
+    def loss(ws, x):
+        for name, w in zip(names, ws):
+            x = LAYERS[name](x, w)
+        return (x * x).sum()
+
+    fn = jax.grad(loss)
+    draw = np.random.default_rng(len(names)).standard_normal
+    args = (
+        [jnp.asarray(draw((16, 16)), jnp.float32) / 4 for _ in names],
+        jnp.asarray(draw((256, 16)), jnp.float32),
+    )
+    ends = [plan(fn, *args, strategy=s).after for s in ("keep-all", "full-remat", "save-dots")]
+    budget = round(min(ends) + part * (max(ends) - min(ends)))
+    found = plan(fn, *args, hbm=budget, host="1MiB" if host else 0)
+    applied = found.apply(fn)
+    seen = memory_planner.predict(applied, *args, device="v5e")
+    alive = lambda t: sum(b.nbytes for b in seen.buffers if b.start <= t < b.end)
+    naive = max(map(alive, range(len(seen.operations))), default=0)
+    assert seen.arguments + seen.outputs + naive == found.after <= budget
+    check_equal(applied(*args), fn(*args))

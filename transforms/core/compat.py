@@ -74,6 +74,25 @@ def read(env: dict[Any, Any], atoms: Iterable[Any]) -> list[Any]:
     return [atom.val if isinstance(atom, jex.Literal) else env[atom] for atom in atoms]
 
 
+def is_literal(atom: Any) -> bool:
+    return isinstance(atom, jex.Literal)
+
+
+def shape_of(atom: Any) -> tuple[int, ...]:
+    """Of a variable or literal."""
+    return atom.aval.shape
+
+
+def variables(eqn: Eqn) -> list[Any]:
+    """What `eqn` reads, each once, literals left out."""
+    return list(dict.fromkeys(v for v in eqn.invars if not is_literal(v)))
+
+
+def fresh(var: Any) -> Any:
+    """A new variable of the type of `var`."""
+    return jex.Var(var.aval)
+
+
 def where(eqn: Eqn) -> str:
     """The name scopes around `eqn`, for reports."""
     return str(getattr(eqn.source_info, "name_stack", ""))

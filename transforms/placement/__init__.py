@@ -5,5 +5,5 @@ from .offload import Offloaded as Offloaded
 from .offload import offload as offload
 from .plan import Kept as Kept
 from .plan import Plan as Plan
+from .planning import plan as plan
 from .remat import remat as remat
-from .search import plan as plan

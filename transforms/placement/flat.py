@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax import lax
-from jax.extend import core as jex
 
 from ..core import compat
-from ..core.program import of_arrays
-
-DEVICE, HOST = jax.memory.Space.Device, jax.memory.Space.Host
+from ..core.program import of_arrays, path_string
+from .memory import DEVICE, fetched, on_host
+from .updates import Update, gathered
 
 _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 
@@ -28,16 +27,20 @@ class Flat:
     """A flat program.
 
     Attributes:
-      jaxpr: open; its equations are no calls.
+      jaxpr: open; its equations are no calls; those of updates stand together.
       consts: values of its constants.
       out_tree: structure of the result.
       names: of its arguments, for reports.
+      replaced: of results, by number, the numbers of the arguments whose new values they are.
+      updates: of arguments that may be in host memory.
     """
 
     jaxpr: compat.Jaxpr
     consts: tuple[Any, ...]
     out_tree: Any
     names: tuple[str, ...]
+    replaced: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    updates: tuple[Update, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -52,17 +55,39 @@ class Flat:
 def flatten(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flat:
     """Traces `fn` and flattens it."""
     flat, leaves = of_arrays(fn, args, kwargs)
-    shapes = [_on_device(v) for v in leaves.values()]
+    shapes = [on_device(v) for v in leaves.values()]
     whole, out = jax.make_jaxpr(flat, return_shape=True)(*shapes)
     body, consts = compat.open_jaxpr(whole)
     inlined = jax.make_jaxpr(lambda *x: evaluate(body, consts, x))(*shapes)
     body, consts = compat.open_jaxpr(inlined)
     paths = [p for p, _ in jax.tree_util.tree_leaves_with_path((args, kwargs))]
-    names = tuple(jax.tree_util.keystr(paths[i], simple=True, separator="/") for i in leaves)
-    return Flat(body, tuple(consts), jax.tree.structure(out), names)
+    paths = [paths[i] for i in leaves]
+    replaced = _replaced(list(zip(paths, shapes)), jax.tree_util.tree_leaves_with_path(out))
+    body, updates = gathered(body, replaced)
+    names = tuple(map(path_string, paths))
+    return Flat(body, tuple(consts), jax.tree.structure(out), names, replaced, updates)
 
 
-def _on_device(leaf: Any) -> Any:
+def _replaced(given: Sequence[Any], results: Sequence[Any]) -> dict[int, int]:
+    """Results that are new values of arguments: of equal path and type, at the same place, or the only such result.
+
+    Args:
+      given, results: path and shape of each leaf. Paths of arguments begin with two entries that name the argument.
+    """
+    types: dict[Any, list[int]] = {}
+    for j, (path, x) in enumerate(results):
+        for rest in (path, path[1:]):
+            types.setdefault((rest, x.shape, x.dtype), []).append(j)
+    found: dict[int, int] = {}
+    for i, (path, x) in enumerate(given):
+        fits = [j for j in types.get((path[2:], x.shape, x.dtype), ()) if j not in found]
+        same = [j for j in fits if results[j][0][:1] == path[1:2]]
+        for j in (same or fits)[:1]:
+            found[j] = i
+    return found
+
+
+def on_device(leaf: Any) -> Any:
     """The shape of a leaf as the program sees it, wherever it lives."""
     if jax.typeof(leaf).memory_space == DEVICE:
         return leaf
@@ -83,7 +108,7 @@ def environment(jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any])
 
 
 def step(eqn: compat.Eqn, values: Sequence[Any]) -> list[Any]:
-    """One equation; operands in host memory are fetched, those that a scan runs over slice by slice."""
+    """One equation; operands that are in host memory only by placement are fetched, a scan's stacks slice by slice."""
     name = eqn.primitive.name
     if name in _INLINED:
         inner, consts = compat.open_jaxpr(eqn.params[_INLINED[name]])
@@ -92,19 +117,11 @@ def step(eqn: compat.Eqn, values: Sequence[Any]) -> list[Any]:
     if name == "scan" and (any(map(on_host, values)) or _has_calls(eqn)):
         with compat.scope(eqn):
             return scan(eqn, values, lambda values: evaluate(*body_of(eqn), values))
-    return compat.bind(eqn, list(map(fetched, values)))
+    return compat.bind(eqn, list(map(fetched, values, eqn.invars)))
 
 
 def _has_calls(eqn: compat.Eqn) -> bool:
     return any(e.primitive.name in _INLINED for e in body_of(eqn)[0].eqns)
-
-
-def on_host(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jax.typeof(x).memory_space == HOST
-
-
-def fetched(x: Any) -> Any:
-    return jax.device_put(x, DEVICE) if on_host(x) else x
 
 
 def body_of(eqn: compat.Eqn) -> tuple[compat.Jaxpr, Sequence[Any]]:
@@ -119,8 +136,8 @@ def scan(
     Of operands in host memory each run fetches its own slice.
     """
     consts, carries = compat.scan_split(eqn)
-    fixed, init = map(fetched, values[:consts]), map(fetched, values[consts : consts + carries])
-    fixed, xs = list(fixed), values[consts + carries :]
+    start = list(map(fetched, values[: consts + carries], eqn.invars))
+    fixed, init, xs = start[:consts], start[consts:], values[consts + carries :]
 
     def run(carry: Any, x: Any) -> Any:
         out = body([*fixed, *carry, *map(fetched, x)])
@@ -128,7 +145,7 @@ def scan(
 
     p = eqn.params
     carry, ys = lax.scan(
-        run, list(init), list(xs), length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+        run, init, list(xs), length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
     return [*carry, *ys]
 
@@ -139,7 +156,3 @@ def walk(jaxpr: compat.Jaxpr) -> Any:
         yield eqn
         for inner in compat.inner_jaxprs(eqn):
             yield from walk(compat.open_jaxpr(inner)[0])
-
-
-def is_literal(atom: Any) -> bool:
-    return isinstance(atom, jex.Literal)

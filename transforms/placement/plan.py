@@ -12,13 +12,17 @@ from typing import Any
 import jax
 
 from stowax.memory_planner import device as device_of
-from stowax.memory_planner import format_bytes
+from stowax.memory_planner import format_bytes, gap_of
 from stowax.pallas_kernels import codecs
 
+from ..core.program import path_string
 from ..report import text_table
 from . import rewrite
-from .flat import HOST, Flat, flatten
+from .flat import Flat, flatten
+from .formats import Format, Roles, composed, converted
+from .memory import HOST, host_type
 from .residuals import Numbers, Place, numbers, places
+from .timeline import Band, Box
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +59,12 @@ class Plan:
       host: bytes of host memory that are used.
       codec: of encoded values; "" where there are none.
       fingerprint: of the program; `apply` takes no other.
-      timelines: bytes over the operations, before and after.
+      timelines: bytes over the operations by tensor, before and after.
+      boxes: where the largest temporaries can lie, after.
       measured: peak of the compiled program, bytes; None where it was not asked for.
-      streamed: arguments that live on the host and are fetched layer by layer, by path; see `place`.
+      formats: of weights and caches, where some were allowed.
+      roles: which arguments hold these; None without formats.
+      streamed: arguments that live on the host and are fetched part by part, by path; see `place`.
     """
 
     device: str
@@ -74,43 +81,34 @@ class Plan:
     host: int
     codec: str
     fingerprint: str
-    timelines: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    timelines: tuple[tuple[Band, ...], tuple[Band, ...]] = ((), ())
+    boxes: tuple[Box, ...] = ()
     measured: int | None = None
     streamed: tuple[str, ...] = ()
+    formats: tuple[Format, ...] = ()
+    roles: Roles | None = None
 
     @property
     def gap(self) -> float:
         """How far `seconds` can be from the least, as a share."""
-        return (self.seconds - self.bound) / max(self.seconds, 1e-12)
+        return gap_of(self.seconds, self.bound)
 
-    def apply(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(self, fn: Callable[..., Any]) -> Planned:
         """The function that obeys the plan: operations and results are `fn`'s where nothing is encoded.
 
         `fn` is the function that was planned, called with arguments of the same shapes. What comes out is an ordinary
         function for `jax.jit`; it is not to be differentiated (plan the gradient, or use `remat`).
         """
-
-        @functools.wraps(fn)
-        def planned(*args: Any, **kwargs: Any) -> Any:
-            flat = flatten(fn, args, kwargs)
-            if flat.fingerprint != self.fingerprint:
-                raise ValueError(
-                    f"the plan was made for another program ({self.fingerprint}; this is {flat.fingerprint}): other "
-                    "shapes, or another function. Plan it again with `sx.plan`."
-                )
-            leaves = [x for x in jax.tree.leaves((args, kwargs)) if hasattr(x, "shape")]
-            return jax.tree.unflatten(flat.out_tree, execute(flat, self, leaves))
-
-        return planned
+        return Planned(self, fn)
 
     def place(self, *args: Any) -> tuple[Any, ...]:
         """The arguments with those that the plan streams in host memory. Once; then `apply` takes them."""
+        return self.placed(args, lambda x: jax.device_put(x, HOST))
 
-        def move(path: Any, x: Any) -> Any:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return jax.device_put(x, HOST) if name in self.streamed else x
-
-        return jax.tree_util.tree_map_with_path(move, args)
+    def placed(self, args: tuple[Any, ...], move: Callable[[Any], Any]) -> tuple[Any, ...]:
+        """The arguments, `move` applied to those that are streamed."""
+        there = lambda path, x: move(x) if path_string(path) in self.streamed else x
+        return jax.tree_util.tree_map_with_path(there, args)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -122,7 +120,11 @@ class Plan:
             fields = json.loads(text)
             fields["kept"] = tuple(Kept(**k) for k in fields["kept"])
             fields["again"], fields["streamed"] = tuple(fields["again"]), tuple(fields["streamed"])
-            fields["timelines"] = tuple(map(tuple, fields["timelines"]))
+            band = lambda b: Band(b["name"], tuple(b["nbytes"]))
+            fields["timelines"] = tuple(tuple(map(band, line)) for line in fields["timelines"])
+            fields["boxes"] = tuple(Box(**b) for b in fields["boxes"])
+            fields["formats"] = tuple(Format(**f) for f in fields["formats"])
+            fields["roles"] = None if fields["roles"] is None else Roles(**fields["roles"])
             return cls(**fields)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -130,7 +132,7 @@ class Plan:
             ) from None
 
     def save_picture(self, path: str | Path) -> None:
-        """Bytes over time, before and after, as SVG or PNG by the ending of `path`."""
+        """Bytes over time by tensor, before and after, and offsets; SVG or PNG by the ending of `path`."""
         from .picture import draw
 
         draw(self, Path(path))
@@ -157,9 +159,46 @@ class Plan:
         lines.append(
             f"\n{len(self.again)} operations run again; {format_bytes(self.host)} on the host"
         )
+        if self.formats:
+            stored = [
+                (f.kind, f.name, f.how, *map(format_bytes, (f.before, f.nbytes, f.host)))
+                for f in self.formats
+            ]
+            header = ("what", "name", "stored", "before", "device", "host")
+            lines += ["", text_table(header, stored)]
         if self.streamed:
-            lines.append(f"fetched layer by layer (see `place`): {', '.join(self.streamed)}")
+            lines.append(
+                f"on the host, fetched part by part (see `place`): {', '.join(self.streamed)}"
+            )
         return "\n".join(lines)
+
+
+class Planned:
+    """A function by a plan; see `Plan.apply`."""
+
+    def __init__(self, plan: Plan, fn: Callable[..., Any]):
+        self.plan = plan
+        self.fn = fn if plan.roles is None else composed(fn, plan.formats, plan.roles)
+        functools.update_wrapper(self, fn, updated=())
+
+    def prepare(self, *args: Any) -> tuple[Any, ...]:
+        """The arguments of a call as the plan has them: weights packed, caches of their recipes and empty, in place.
+
+        For the first call. The cache that is given may be shapes; shapes of weights give shapes.
+        """
+        args = args if self.plan.roles is None else converted(self.fn, args, self.plan.roles)
+        shapes = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(args))
+        return self.plan.placed(args, host_type) if shapes else self.plan.place(*args)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        flat = flatten(self.fn, args, kwargs)
+        if flat.fingerprint != self.plan.fingerprint:
+            raise ValueError(
+                f"the plan was made for another program ({self.plan.fingerprint}; this is {flat.fingerprint}): other "
+                "shapes, or another function. Plan it again with `sx.plan`."
+            )
+        leaves = [x for x in jax.tree.leaves((args, kwargs)) if hasattr(x, "shape")]
+        return jax.tree.unflatten(flat.out_tree, execute(flat, self.plan, leaves))
 
 
 def execute(flat: Flat, plan: Plan, leaves: Sequence[Any]) -> list[Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from stowax.memory_planner import Device
 
 from .plan import Plan
-from .search import plan
+from .planning import plan
 
 
 def remat(

@@ -26,7 +26,8 @@ from stowax.memory_planner import (
 )  # fmt: skip
 
 from ..core import compat
-from .flat import Flat, body_of, is_literal
+from ..core.compat import is_literal
+from .flat import Flat, body_of
 
 SMALLEST = 1 << 20  # bytes of what is worth a transfer
 ENCODED = (
@@ -139,13 +140,16 @@ def _scan_place(jaxpr: compat.Jaxpr, pair: Pair, number: int) -> Place:
 def _program_place(flat: Flat, paired: set[Any], read: set[Any]) -> list[Place]:
     """The point where the values that were made and are used later take the most bytes.
 
-    What the first scans of pairs `read` is needed again, by what their second scans make again.
+    What the first scans of pairs `read` is needed again, by what their second scans make again. What updates of
+    arguments read (gradients) is there to the end, as results are.
     """
     jaxpr = flat.jaxpr
     last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not is_literal(v)}
+    end = min((update.start for update in flat.updates), default=len(jaxpr.eqns))
     out = {v for v in jaxpr.outvars if not is_literal(v)}
+    out |= {v for eqn in jaxpr.eqns[end:] for v in compat.variables(eqn)}
     change = [0] * (len(jaxpr.eqns) + 1)
-    for i, eqn in enumerate(jaxpr.eqns):
+    for i, eqn in enumerate(jaxpr.eqns[:end]):
         for v in eqn.outvars:
             if v in last and v not in paired and v not in out:
                 change[i] += nbytes(v)

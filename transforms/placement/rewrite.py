@@ -18,8 +18,12 @@ from stowax.memory_planner import ENCODE, KEEP, OFFLOAD
 from stowax.pallas_kernels.codecs import Codec
 
 from ..core import compat
-from .flat import DEVICE, HOST, Flat, body_of, environment, evaluate, is_literal, scan, step
+from ..core.compat import is_literal
+from . import updates
+from .flat import Flat, body_of, environment, evaluate, scan, step
+from .memory import DEVICE, HOST, on_host
 from .residuals import Pair, Place
+from .updates import Update
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,15 +97,22 @@ class _Run:
                 self.seconds.setdefault(pair.second, []).append(d)
         self.stacks: dict[str, dict[Any, Stored]] = {}  # what the scans of a place kept
         self.env: dict[Any, Any] = {}
+        self.updated: Any = None  # of the last update that ran in parts
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
         self.env = dict(zip(self.jaxpr.constvars, self.flat.consts)) | dict(
             zip(self.jaxpr.invars, args)
         )
-        lazy = None
+        lazy, inside = None, range(0)
+        starts = {u.start: u for u in self.flat.updates}
         for i, eqn in enumerate(self.jaxpr.eqns):
             if self.program is not None and i == self.program.place.last:
                 lazy = self.turn(self.program)
+            if i in starts and any(on_host(self.env[v]) for v in starts[i].seeds):
+                inside = range(i, starts[i].stop)
+                self.env.update(self.update(starts[i], lazy))
+            if i in inside:
+                continue
             values = self.values(eqn, lazy)
             if i in self.firsts:
                 out = self.first(eqn, values, self.firsts[i])
@@ -121,6 +132,14 @@ class _Run:
 
     def values(self, eqn: compat.Eqn, lazy: Lazy | None) -> list[Any]:
         return [self.read(v, lazy) for v in eqn.invars]
+
+    def update(self, update: Update, lazy: Lazy | None) -> dict[Any, Any]:
+        """The results of an update of arguments in host memory, which starts when the one before it is done."""
+        given = {v: self.read(v, lazy) for v in update.inputs}
+        found = updates.run(self.jaxpr, update, given, self.updated)
+        done = [x for x in found.values() if not on_host(x)]
+        self.updated = done[0].ravel()[0] if done else self.updated
+        return found
 
     def turn(self, decisions: Decisions) -> Lazy:
         """From here on values of the first half are had from what is kept of them."""

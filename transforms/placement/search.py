@@ -1,15 +1,14 @@
-"""`plan`: for one program and one budget, what is kept, made again, offloaded or encoded; checked by prediction."""
+"""The search for the largest share of a budget whose plan fits, by prediction of the rewritten program."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 
 from stowax.memory_planner import (
     ENCODE,
@@ -19,100 +18,74 @@ from stowax.memory_planner import (
     Prediction,
     choose,
     format_bytes,
-    memory_report,
-    parse_bytes,
     predict,
 )
-from stowax.memory_planner import device as device_of
 from stowax.pallas_kernels import codecs
 
 from . import rewrite
 from .baselines import BASELINES
-from .flat import HOST, Flat, flatten
+from .flat import Flat, on_device
+from .memory import host_type
 from .plan import Kept, Plan, decided
-from .residuals import Numbers, nbytes, numbers, places, scanned_only
+from .residuals import Numbers, numbers, places
+from .tiers import on_host, tiers
+from .timeline import bands, boxes
 
 _REACHES = (2, 1, 4, 8)
 _ROUNDS = 6
-_COMPILATIONS = 4
 _GAP = 1e-3  # of a solve, as a share
 
 
-def plan(
-    fn: Callable[..., Any],
-    *args: Any,
-    hbm: int | str | None = None,
-    host: int | str = 0,
-    device: str | Device = "h100",
-    donate: int | Sequence[int] = (),
-    encode: str = "",
-    strategy: str = "optimal",
-    measure: bool = False,
-    correction: float = 1.0,
-    time_limit: float = 30.0,
-) -> Plan:
-    """Plans the memory of a function: a gradient, a training step, a decode step.
+class BudgetError(ValueError):
+    """No plan fits. `least` is the smallest peak that was reached, bytes."""
 
-    What a first half carries over to a second is kept, made again, offloaded or encoded. Where that is not enough and
-    there is `host` memory, arguments that only scans run over (stacked weights) are fetched from there, the largest
-    first.
+    def __init__(self, message: str, least: int):
+        super().__init__(message)
+        self.least = least
+
+
+def by_shares[T](
+    attempt: Callable[[int], tuple[T, int, int]],
+    budget: int,
+    total: int,
+    low_peak: int,
+    high_peak: int,
+) -> list[T]:
+    """What was tried for shares of `total`, nearer and nearer to the largest whose peak fits.
+
+    How much of what is chosen is in memory at the peak is the compiler's affair, so shares are searched by what is
+    predicted of the whole program.
 
     Args:
-      fn: the function, differentiated already if it trains (`jax.value_and_grad(loss)`, or a whole step).
-      *args: its arguments, arrays or `jax.ShapeDtypeStruct`s.
-      hbm: bytes of device memory for all of it, as a number or as "8GiB"; None is the device's own.
-      host: bytes of host memory for what is offloaded; 0 for none.
-      device: a name of `memory_planner.device`, or a `Device`.
-      donate: arguments whose memory may be reused, as in `jax.jit`.
-      encode: name of a codec ("int8-g128") that values may be kept in; "" for none. The only choice that changes
-        results.
-      strategy: "optimal", or a baseline: one of `BASELINES`.
-      measure: compile the planned program here and read the compiler's own peak; where that is above `hbm`, plan again
-        for so much less, until it is not.
-      correction: factor on predicted temporaries, from `Prediction.corrected` of a compiled program.
-      time_limit: seconds for all solves together.
-
-    Raises:
-      ValueError: for a budget that can't be met, with the least that would do and what pins it; for unknown names.
-
-    Example:
-      >>> p = plan(jax.value_and_grad(loss), params, batch, hbm="6GiB", device="h100")
-      >>> step = jax.jit(p.apply(jax.value_and_grad(loss)))
+      attempt: for a share, what was found, its peak, and the bytes that it took. Raises InfeasibleError.
+      low_peak, high_peak: of the shares 0 and `total`.
     """
-    target = device_of(device) if isinstance(device, str) else device
-    if strategy != "optimal" and strategy not in BASELINES:
-        raise ValueError(
-            f"`strategy` is {strategy!r}; expected 'optimal' or one of {sorted(BASELINES)}"
-        )
-    budget = target.hbm_bytes if hbm is None else parse_bytes(hbm, "hbm")
-    flat = flatten(fn, args, {})
-    search = _Search(
-        flat, args, target, donate, parse_bytes(host, "host"), encode, correction, time_limit
-    )
-    if strategy != "optimal":
-        return search.baseline(strategy)
-    return _measured(search, budget, fn, args, donate) if measure else search(budget)
-
-
-def _measured(search: _Search, budget: int, fn: Any, args: Any, donate: Any) -> Plan:
-    """The plan whose compiled program is within the budget."""
-    target, over = budget, 0
-    for _ in range(_COMPILATIONS):
-        found = search(target)
-        given = jax.tree.unflatten(jax.tree.structure(args), search.leaves)
-        compiled = jax.jit(found.apply(fn), donate_argnums=donate).lower(*given).compile()
-        peak = memory_report(compiled).peak
+    low, high = 0, total
+    tried: list[T] = []
+    for _ in range(_ROUNDS):
+        part = (budget - low_peak) / max(1, high_peak - low_peak)
+        share = low + round((high - low) * min(0.5, max(0.1, part)))
+        if budget >= high_peak and not tried:
+            share = total
+        try:
+            found, peak, taken = attempt(share)
+        except InfeasibleError as error:
+            share = error.least + error.least // 10_000 + 1  # the solver's tolerance
+            if share >= high and tried:
+                break
+            found, peak, taken = attempt(share)
+            low = share
+        tried.append(found)
         if peak <= budget:
-            return dataclasses.replace(found, budget=budget, measured=peak)
-        over = peak - budget
-        target -= over
-    raise ValueError(
-        f"`hbm` is {format_bytes(budget)}, and after {_COMPILATIONS} compilations the peak is still "
-        f"{format_bytes(over)} above it: give {format_bytes(budget + over)}, or `host` memory"
-    )
+            low, low_peak = share, peak
+        else:
+            high, high_peak = min(share, taken), peak
+        if high - low <= 0.02 * total or 0.97 * budget <= peak <= budget:
+            break
+    return tried
 
 
-class _Search:
+class Search:
     """Solves for shares of the budget until the predicted peak of the rewritten program fits."""
 
     def __init__(
@@ -124,33 +97,46 @@ class _Search:
         self.codec = codecs.get(encode) if encode else None
         self.encode = encode
         self.places = places(flat)
-        self.leaves: list[Any] = [x for x in jax.tree.leaves(args) if hasattr(x, "shape")]
-        self.streamed: list[int] = []
-        bits = self.codec.bits_per_weight((1, 4096)) if self.codec is not None else 0.0
-        self.numbers = functools.cache(
-            lambda reach: numbers(self.places, device, reach=reach, offload=host > 0, bits=bits)
+        self.leaves: list[Any] = [
+            on_device(x) for x in jax.tree.leaves(args) if hasattr(x, "shape")
+        ]
+        self.tiers = tiers(flat) if host else []
+        self.bits = self.codec.bits_per_weight((1, 4096)) if self.codec is not None else 0.0
+        self.before = self.predicted(None)
+        self.numbers = functools.cache(self.numbered)
+
+    def numbered(self, reach: int) -> Numbers:
+        """The problem in numbers, arguments among them. Transfers of a program that carries nothing over hide in it."""
+        found = numbers(
+            self.places, self.device, reach=reach, offload=self.host > 0, bits=self.bits
         )
-        self.before = self.original = self.predicted(None)
+        hidden = found.problem.hidden or self.device.overlap * self.before.seconds
+        sites = tuple(tier.site for tier in self.tiers)
+        problem = dataclasses.replace(found.problem, hidden=hidden, sites=sites)
+        return dataclasses.replace(found, problem=problem)
 
     def as_function(self, how: Mapping[int, str] | None) -> Callable[..., list[Any]]:
-        labels = self.numbers(0)
-        decisions = [] if how is None else decided(self.places, labels, how)
+        decisions = [] if how is None else decided(self.places, self.numbers(0), how)
         return lambda *leaves: rewrite.run(self.flat, decisions, self.codec, leaves)
 
-    def predicted(self, how: Mapping[int, str] | None) -> Prediction:
+    def predicted(self, choice: Choice | None) -> Prediction:
+        how = None if choice is None else choice.how
+        hosted = on_host(self.tiers, () if choice is None else choice.options)
         sizes = [len([x for x in jax.tree.leaves(a) if hasattr(x, "shape")]) for a in self.args]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         given = (self.donate,) if isinstance(self.donate, int) else self.donate
         donated = [starts[i] + j for i in given for j in range(sizes[i])]
         return predict(
             self.as_function(how),
-            *self.leaves,
+            *(host_type(x) if i in hosted else x for i, x in enumerate(self.leaves)),
             donate=donated,
             device=self.device,
             correction=self.correction,
         )
 
     def __call__(self, budget: int) -> Plan:
+        if not self.carries and self.before.peak <= budget:
+            return self.unchanged(budget)
         found: list[list[tuple[Choice, Prediction]]] = []
         for reach in self.reaches:
             found.append(self.for_reach(self.numbers(reach), budget))
@@ -158,12 +144,10 @@ class _Search:
                 break
         tried = [c for choices in found for c in choices]
         best = min((c.seconds for c, p in tried if p.peak <= budget), default=math.inf)
-        tried += [(c, self.predicted(c.how)) for c in self.simple if c.seconds < best]
+        tried += [(c, self.predicted(c)) for c in self.simple if c.seconds < best]
         fitting = [c for c in tried if c[1].peak <= budget]
         if not fitting:
             least = min((p for _, p in tried), key=lambda p: p.peak)
-            if self.stream(least.peak - budget):
-                return self(budget)
             self.refuse(budget, least)
         choice, prediction = min(fitting, key=lambda c: c[0].seconds)
         bounds = [c.bound for choices in found for c, p in choices if p.peak <= budget]
@@ -171,30 +155,28 @@ class _Search:
         return self.made("optimal", budget, dataclasses.replace(choice, bound=bound), prediction)
 
     @property
-    def room(self) -> int:
-        """Host memory that is left for residuals."""
-        return self.host - sum(nbytes(self.flat.jaxpr.invars[i]) for i in self.streamed)
+    def carried(self) -> int:
+        """Bytes that the program carries over."""
+        problem = self.numbers(0).problem
+        return sum(problem.values[i].nbytes for i in problem.required)
 
-    def stream(self, excess: int) -> bool:
-        """Leaves more arguments on the host, the largest first, until they are as much as `excess`; whether it did."""
-        sizes = {i: nbytes(v) for i, v in enumerate(self.flat.jaxpr.invars)}
-        found = [i for i in scanned_only(self.flat) if i not in self.streamed]
-        room = self.room
-        before = len(self.streamed)
-        for i in sorted(found, key=lambda i: -sizes[i]):
-            if excess > 0 and sizes[i] <= room:
-                self.streamed.append(i)
-                self.leaves[i] = _on_host(self.leaves[i])
-                excess, room = excess - sizes[i], room - sizes[i]
-        if len(self.streamed) > before:
-            self.before = self.predicted(None)
-        return len(self.streamed) > before
+    @property
+    def carries(self) -> bool:
+        """Whether that is worth a thought."""
+        return 100 * self.carried >= self.before.peak
+
+    @property
+    def movable(self) -> int:
+        """Bytes that a plan could do without: what is carried over, and arguments that may be on the host."""
+        return self.carried + sum(tier.site.options[0].nbytes for tier in self.tiers)
 
     @property
     def simple(self) -> list[Choice]:
         """What needs no solving: the baselines, those that offload only where there is a host."""
+        if not self.carries:
+            return []
         choices = [rule(self.places, self.numbers(0)) for rule in BASELINES.values()]
-        return [c for c in choices if c.host_nbytes <= self.room]
+        return [c for c in choices if c.host_nbytes <= self.host]
 
     @property
     def reaches(self) -> tuple[int, ...]:
@@ -205,52 +187,36 @@ class _Search:
         names = ", ".join(f"{b.name} ({format_bytes(b.nbytes)})" for b in least.at_peak[:5])
         ways = [] if self.host else ["give `host` memory to offload to"]
         ways += [] if self.codec else ["allow `encode`"]
-        raise ValueError(
+        raise BudgetError(
             f"`hbm` is {format_bytes(budget)}; the least that was reached is {format_bytes(least.peak)}: arguments and "
             f"outputs take {format_bytes(least.arguments + least.outputs)}, and at the peak there are {names}. To need "
-            f"less, {' or '.join([*ways, 'make the batch smaller'])}."
+            f"less, {' or '.join([*ways, 'make the batch smaller'])}.",
+            least.peak,
         )
 
     def for_reach(self, labels: Numbers, budget: int) -> list[tuple[Choice, Prediction]]:
-        """Choices for shares of the budget, nearer and nearer to the largest that fits.
+        """Choices for shares of the budget."""
+        problem, limit = labels.problem, self.limit / _ROUNDS
+        total = self.movable
+        base = self.before.arguments + self.before.outputs + self.carried - total
 
-        How much of what is kept is in memory at the peak is the compiler's affair, so shares are searched by what is
-        predicted of the whole program.
-        """
-        total = sum(labels.problem.values[i].nbytes for i in labels.problem.required)
-        base = self.before.arguments + self.before.outputs
-        low, low_peak, high, high_peak = 0, base, total, self.before.peak
-        tried: list[tuple[Choice, Prediction]] = []
-        for _ in range(_ROUNDS):
-            part = (budget - low_peak) / max(1, high_peak - low_peak)
-            share = low + round((high - low) * min(0.5, max(0.1, part)))
-            if budget >= self.before.peak and not tried:
-                share = total
-            try:
-                choice = choose(
-                    labels.problem, share, self.room, gap=_GAP, time_limit=self.limit / _ROUNDS
-                )
-            except InfeasibleError as error:
-                share = error.least + error.least // 10_000 + 1  # the solver's tolerance
-                if share >= high and tried:
-                    break
-                choice = choose(
-                    labels.problem, share, self.room, gap=_GAP, time_limit=self.limit / _ROUNDS
-                )
-                low = share
-            tried.append((choice, self.predicted(choice.how)))
-            peak = tried[-1][1].peak
-            if peak <= budget:
-                low, low_peak = share, peak
-            else:
-                high, high_peak = min(share, choice.nbytes), peak
-            if high - low <= 0.02 * total or 0.97 * budget <= peak <= budget:
-                break
-        return tried
+        def attempt(share: int) -> tuple[tuple[Choice, Prediction], int, int]:
+            choice = choose(problem, share, self.host, gap=_GAP, time_limit=limit)
+            prediction = self.predicted(choice)
+            return (choice, prediction), prediction.peak, choice.nbytes
+
+        return by_shares(attempt, budget, total, base, self.before.peak)
+
+    def unchanged(self, budget: int) -> Plan:
+        """The plan of a program that fits and carries nothing worth a thought."""
+        choice = BASELINES["keep-all"](self.places, self.numbers(0))
+        bound = choose(self.numbers(0).problem, self.movable, self.host, gap=_GAP).bound
+        choice = dataclasses.replace(choice, bound=min(choice.seconds, bound))
+        return self.made("optimal", budget, choice, self.before)
 
     def baseline(self, name: str) -> Plan:
         choice = BASELINES[name](self.places, self.numbers(0))
-        return self.made(name, None, choice, self.predicted(choice.how))
+        return self.made(name, None, choice, self.predicted(choice))
 
     def made(
         self, strategy: str, budget: int | None, choice: Choice, prediction: Prediction
@@ -272,24 +238,19 @@ class _Search:
             strategy=strategy,
             kept=kept,
             again=again,
-            before=self.original.peak,
+            before=self.before.peak,
             after=prediction.peak,
             seconds=choice.seconds,
             bound=choice.bound,
-            step_before=self.original.seconds,
+            step_before=self.before.seconds,
             step_after=prediction.seconds,
-            host=choice.host_nbytes + self.host - self.room,
-            streamed=tuple(self.flat.names[i].removeprefix("0/") for i in sorted(self.streamed)),
+            host=choice.host_nbytes,
+            streamed=tuple(
+                self.flat.names[i].removeprefix("0/")
+                for i in sorted(on_host(self.tiers, choice.options))
+            ),
             codec=self.encode if encoded else "",
             fingerprint=self.flat.fingerprint,
-            timelines=(_bytes_over_time(self.original), _bytes_over_time(prediction)),
+            timelines=(bands(self.before), bands(prediction)),
+            boxes=boxes(prediction),
         )
-
-
-def _on_host(leaf: Any) -> Any:
-    """The type of a leaf in host memory, which traces as it does."""
-    return jax.typeof(jnp.empty((), leaf.dtype)).update(shape=leaf.shape, memory_space=HOST)
-
-
-def _bytes_over_time(prediction: Prediction) -> tuple[int, ...]:
-    return tuple(moment.nbytes for moment in prediction.timeline)
