@@ -11,9 +11,9 @@ from stowax.experiments import rewriting, sweep
 def test_quality_of_variants(tmp_path):
     config = sweep.Config(
         names=("gguf", "int8", "int4-g64", "int4-g64-hqq", "int4-g64-gptq"),
-        tokens=1025,
+        tokens=513,
         words=4,
-        batches=6,
+        batches=4,
     )
     found = {v["name"]: v for v in sweep.run(config, tmp_path).variants}
     base = found["f16"]["perplexity"]
