@@ -13,28 +13,32 @@ import dataclasses
 import jax
 
 from .elements import ELEMENTS
+from .grouped import check_activations
 from .scaled import FloatScaledCodec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fp8(FloatScaledCodec):
-    """``fp8_<e4m3|e5m2>[-g<group>|-tensor][-f16|-bf16]``.
+    """``fp8_<e4m3|e5m2>[-g<group>|-tensor][-f16|-bf16][-a8]``.
 
     Attributes:
       element: ``e4m3`` (E4M3FN: no infinities) or ``e5m2``.
+      activations: as in `Int`; with E4M3 only.
     """
 
     element: str = "e4m3"
     scale_dtype: str = "f32"
+    activations: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         if self.element not in ("e4m3", "e5m2"):
             raise ValueError(f"`element` is {self.element!r}; expected 'e4m3' or 'e5m2'")
+        check_activations(self.activations, self.element == "e4m3", self.group)
 
     @property
     def name(self) -> str:
-        return f"fp8_{self.element}" + self.suffix("f32")
+        return f"fp8_{self.element}" + self.suffix("f32") + ("-a8" if self.activations else "")
 
     @property
     def bits(self) -> int:

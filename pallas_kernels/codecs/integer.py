@@ -25,6 +25,7 @@ from .grouped import (
     SCALE_DTYPES,
     GroupCodec,
     Params,
+    check_activations,
     check_granularity,
     check_scale_dtype,
     granularity_suffix,
@@ -38,7 +39,7 @@ ON_GRID = 0.03  # of a step: as far as a value may be from its level to count as
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Int(GroupCodec):
-    """``int<bits>[-g<group>|-tensor][-sym|-asym][-f32|-bf16]``.
+    """``int<bits>[-g<group>|-tensor][-sym|-asym][-f32|-bf16][-a8]``.
 
     Attributes:
       bits: 1 to 8.
@@ -46,12 +47,15 @@ class Int(GroupCodec):
         a zero point buys more there than the same bytes spent on smaller groups.
       per_tensor: one scale for the whole tensor (for each batch entry).
       scale_dtype: what scales and zero points are stored in: ``f16``, ``bf16`` or ``f32``.
+      activations: 8 to round what is multiplied with the weight to 8 bits, a scale for each token (`matmul.w8a8`); None
+        to leave it as it is. With 8 symmetric bits only, and no groups.
     """
 
     bits: int = 8  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
     symmetric: bool | None = None
     per_tensor: bool = False
     scale_dtype: str = "f16"
+    activations: int | None = None
 
     def __post_init__(self):
         if not 1 <= self.bits <= 8:
@@ -60,13 +64,15 @@ class Int(GroupCodec):
         check_scale_dtype(self.scale_dtype)
         if self.symmetric is None:
             object.__setattr__(self, "symmetric", self._symmetric_by_default)
+        check_activations(self.activations, self.bits == 8 and bool(self.symmetric), self.group)
 
     @property
     def name(self) -> str:
         kind = "-sym" if self.symmetric else "-asym"
         kind = "" if self.symmetric == self._symmetric_by_default else kind
         dtype = "" if self.scale_dtype == "f16" else f"-{self.scale_dtype}"
-        return f"int{self.bits}{granularity_suffix(self.group, self.per_tensor)}{kind}{dtype}"
+        kind += dtype + ("-a8" if self.activations else "")
+        return f"int{self.bits}{granularity_suffix(self.group, self.per_tensor)}{kind}"
 
     @property
     def last(self) -> int:

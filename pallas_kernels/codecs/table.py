@@ -27,10 +27,10 @@ CODECS: dict[str, tuple[type[Codec], dict[str, object], tuple[str, ...]]] = {
     **{f"int{bits}": (Int, {"bits": bits}, ("-g64",)) for bits in (2, 3, 5, 6, 7)},
     "int1": (Int, {"bits": 1}, ("", "-g64", "-g32-asym")),
     "int4": (Int, {"bits": 4}, ("", "-g32", "-g64", "-g128-sym", "-tensor", "-g64-bf16")),
-    "int8": (Int, {"bits": 8}, ("", "-g64", "-g128-asym", "-tensor", "-f32")),
+    "int8": (Int, {"bits": 8}, ("", "-g64", "-g128-asym", "-tensor", "-f32", "-a8")),
     **{f"lm{bits}": (LloydMax, {"bits": bits}, ("-g32",)) for bits in LEVELS},
     "nf4": (NF4, {}, ("", "-g64", "-tensor-f32")),
-    "fp8_e4m3": (Fp8, {"element": "e4m3"}, ("", "-g128", "-tensor")),
+    "fp8_e4m3": (Fp8, {"element": "e4m3"}, ("", "-g128", "-tensor", "-a8")),
     "fp8_e5m2": (Fp8, {"element": "e5m2"}, ("", "-g32-bf16")),
     "mxfp4": (Mx, {"element": "e2m1"}, ("",)),
     "mxfp8_e4m3": (Mx, {"element": "e4m3"}, ("",)),
@@ -43,13 +43,21 @@ CODECS: dict[str, tuple[type[Codec], dict[str, object], tuple[str, ...]]] = {
     **{dtype: (Cast, {"dtype": dtype}, ("",)) for dtype in ("f32", "f16", "bf16")},
 }
 
-ALIASES = {"float32": "f32", "fp32": "f32", "float16": "f16", "fp16": "f16", "bfloat16": "bf16"}
+ALIASES = {
+    "w8a8": "int8-a8",
+    "float32": "f32",
+    "fp32": "f32",
+    "float16": "f16",
+    "fp16": "f16",
+    "bfloat16": "bf16",
+}
 
 FORMS = (
     "int<1-8>[-g<N>|-tensor][-sym|-asym][-f32|-bf16] (also w<1-8>[g<N>])",
     "lm<1-4>[-g<N>][-f32|-bf16]",
     "nf4[-g<N>|-tensor][-f32|-bf16]",
     "fp8_e4m3, fp8_e5m2, each [-g<N>|-tensor][-f16|-bf16]",
+    "int8[-tensor][-f32|-bf16]-a8 (also w8a8), fp8_e4m3[-tensor][-f16|-bf16]-a8",
     "mxfp4, mxfp8_e4m3, mxfp8_e5m2, nvfp4",
     "q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k",
     "f32, f16, bf16",
@@ -114,6 +122,7 @@ def _option(option: str) -> tuple[str, object]:
         "tensor": ("per_tensor", True),
         "sym": ("symmetric", True),
         "asym": ("symmetric", False),
+        "a8": ("activations", 8),
     }
     if option in ("f32", "f16", "bf16"):
         return "scale_dtype", option

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from .. import hopper, tpu
 from ..codecs import Packed
 from ..op import Op, one_by_one
-from . import many_rows, mosaic_gpu, mosaic_tpu, reference, tuned, xla
+from . import many_rows, mosaic_gpu, mosaic_tpu, reference, tuned, w8a8, xla
 
 WHOLE_BYTES = (
     2**30
 )  # of a weight in float32 that is decoded at once for many rows (in 16 bits half of it is held)
-IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "reference", "xla")
+IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "reference", "w8a8", "xla")
 KERNELS = {"mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 
 
@@ -26,6 +26,8 @@ def run(x: jax.Array, w: Packed, precision: Any, preferred: Any, name: str | Non
         return xla.matmul(x, w, **options)
     if name == "reference":
         return reference.matmul(x, w, **options)
+    if name == "w8a8" or (name is None and _rounds(w) and not w8a8.refusal(x, w)):
+        return w8a8.matmul(x, w, preferred_element_type=preferred)
     if name is not None and (reason := _refused_here(name, x, w)):
         raise NotImplementedError(
             f"`implementation` {name!r} can't take this matmul: {reason}. Pass None to let another path take it."
@@ -33,6 +35,11 @@ def run(x: jax.Array, w: Packed, precision: Any, preferred: Any, name: str | Non
     if all(kernel.refusal(x, w) for kernel in KERNELS.values()):
         return xla.matmul(x, w, **options)
     return PACKED_MATMUL((x, w), choose=name is None, **options)
+
+
+def _rounds(w: Packed) -> bool:
+    """Whether activations are to be rounded to 8 bits."""
+    return getattr(w.codec, "activations", None) is not None
 
 
 def _refused_here(name: str, x: Any, w: Packed) -> str:
@@ -48,6 +55,9 @@ def _refused_here(name: str, x: Any, w: Packed) -> str:
 
 def describe(x: Any, w: Packed) -> str:
     """The path of a matmul here, and why no kernel takes it."""
+    if _rounds(w):
+        reason = w8a8.refusal(x, w)
+        return f"xla: decode + dot, x as it is ({reason})" if reason else "w8a8: x in 8 bits too"
     tiles = xla.tile_count(w)
     path = "xla: decode + dot" if tiles == 1 else f"xla: decode + dot, {tiles} tiles"
     name = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(jax.default_backend())

@@ -2,7 +2,7 @@
 
 The weight has a scale for each row and no zero point, so both scales come on the finished sum: int8 x int8 adds up
 in int32 without an error, E4M3 x E4M3 in float32. Plain `lax.dot_general`, which XLA maps to the 8-bit units of
-TPUs and GPUs and fuses with the rounding and the scales. It is what ``quantize(..., activations="int8")`` is to run.
+TPUs and GPUs and fuses with the rounding and the scales. It is what weights of ``int8-a8`` and ``fp8_e4m3-a8`` run.
 
 Weight-only kernels keep `x` as it is and save bytes; this one also multiplies at the 8-bit rate, which pays where
 the matmul is bound by arithmetic (prefill, large batches), at the price of the rounding of `x`.
@@ -12,6 +12,7 @@ Letters as in `matmul`: ``M`` tokens, ``K`` the contracted axis, ``N`` rows of t
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..codecs import Fp8, Int, Packed
+from . import xla
 from .layout import is_stored_as_shown
 
 LARGEST = {jnp.int8: 127.0, jnp.float8_e4m3fn: 448.0}  # |x| of a token maps to this
@@ -34,7 +36,7 @@ def matmul(x: jax.Array, w: Packed, *, preferred_element_type: Any = None) -> ja
       preferred_element_type: of the result; by default what `x` and `w` promote to.
 
     Returns:
-      The product. No gradient is defined through the rounding: inference only.
+      The product. Gradients pass the rounding straight through: they are those of the weight-only product.
 
     Raises:
       ValueError: for shapes that do not fit.
@@ -46,6 +48,11 @@ def matmul(x: jax.Array, w: Packed, *, preferred_element_type: Any = None) -> ja
         )
     if reason := refusal(x, w):
         raise NotImplementedError(f"`w`: {reason}; use the weight-only `matmul`")
+    return _product(x, w, preferred_element_type)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, w: Packed, preferred_element_type: Any) -> jax.Array:
     dtype = _element(w)
     codes, scale = quantize_tokens(x, dtype)
     batch, last = tuple(range(x.ndim - 2)), ((x.ndim - 1,), (x.ndim - 1,))
@@ -54,6 +61,18 @@ def matmul(x: jax.Array, w: Packed, *, preferred_element_type: Any = None) -> ja
     rows = jnp.swapaxes(w.parts["scale"].astype(jnp.float32), -1, -2)
     y = sums.astype(jnp.float32) * scale * rows
     return y.astype(preferred_element_type or jnp.result_type(x.dtype, w.dtype))
+
+
+def _forward(x: jax.Array, w: Packed, preferred: Any) -> tuple[jax.Array, Any]:
+    return _product(x, w, preferred), (x, w)
+
+
+def _backward(preferred: Any, operands: Any, cotangent: jax.Array) -> Any:
+    weight_only = functools.partial(xla.matmul, preferred_element_type=preferred)
+    return jax.vjp(weight_only, *operands)[1](cotangent)
+
+
+_product.defvjp(_forward, _backward)
 
 
 def refusal(x: jax.Array, w: Packed) -> str:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stowax.pallas_kernels import codecs
+import stowax as sx
+from stowax.pallas_kernels import codecs, matmul
 from stowax.pallas_kernels.matmul import reference, w8a8
 
 SHAPES = {  # batch, M, K, N
@@ -87,3 +88,28 @@ def test_bad_input():
         w8a8.matmul(x[:, 1:], w)
     assert "not stored in the order" in w8a8.refusal(x.T, w.transpose((1, 0)))
     assert "not a float" in w8a8.refusal(x.astype(jnp.int32), w)
+
+
+@pytest.mark.parametrize("spec", ["int8-a8", "fp8_e4m3-a8"])
+def test_weights_of_such_a_codec_run_it(spec):
+    """In a rewritten function, its gradient straight through the rounding, and by name in the table."""
+    x, _ = operands((), 4, 32, 8, spec)
+    fast = sx.quantize(spec)(lambda w, x: x @ w.T, params=0)
+    dense = jnp.asarray(np.random.default_rng(0).standard_normal((8, 32)), jnp.float32)
+    packed = fast.encode(dense, x)
+    want = w8a8.matmul(x, packed)
+    np.testing.assert_array_equal(jax.jit(fast)(packed, x), want)
+    assert "w8a8" in str(fast.explain(packed, x))
+    alone = sx.quantize(spec.removesuffix("-a8"))(lambda w, x: x @ w.T, params=0)
+    got = jax.grad(lambda x: (fast(packed, x) * want).sum())(x)
+    plain = jax.grad(lambda x: (alone(alone.encode(dense, x), x) * want).sum())(x)
+    np.testing.assert_allclose(got, plain, rtol=1e-5, atol=1e-4)
+
+
+def test_what_can_not_be_multiplied_in_8_bits_is_multiplied_as_it_is():
+    x, w = operands((), 4, 32, 8, "int8-a8")
+    assert codecs.get("w8a8") == w.codec
+    with pytest.raises(ValueError, match="int8-a8"):
+        codecs.get("int8-g64-a8")
+    with pytest.raises(NotImplementedError, match="scale for each group"):
+        matmul(x, operands((), 4, 32, 8, "int8-g16")[1], implementation="w8a8")
