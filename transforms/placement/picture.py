@@ -29,8 +29,11 @@ def draw(plan: Plan, path: Path) -> None:
 
 def html(plan: Plan) -> str:
     """The table and the picture, for a notebook."""
+    import matplotlib
+
     buffer = io.StringIO()
-    _figure(plan).savefig(buffer, format="svg", bbox_inches="tight")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters as text, not as curves
+        _figure(plan).savefig(buffer, format="svg", bbox_inches="tight")
     svg = buffer.getvalue()
     return f"<pre>{escape.escape(str(plan))}</pre>{svg[svg.index('<svg') :]}"
 

@@ -42,7 +42,7 @@ class Kept:
     nbytes: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
     """What becomes of the values that a program carries from its first half to its second.
 
@@ -141,6 +141,9 @@ class Plan:
         from .picture import html
 
         return html(self)
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         budget = "" if self.budget is None else f" of {format_bytes(self.budget)}"
