@@ -10,10 +10,10 @@ from stowax.experiments import rewriting, sweep
 @pytest.mark.slow
 def test_quality_of_variants(tmp_path):
     config = sweep.Config(
-        names=("gguf", "int8", "int4-g64", "int4-g64-hqq", "int4-g64-gptq"),
-        tokens=513,
+        names=("gguf", "int8", "int4-g64", "int4-g64-gptq"),
+        tokens=385,
         words=4,
-        batches=4,
+        batches=3,
     )
     found = {v["name"]: v for v in sweep.run(config, tmp_path).variants}
     base = found["f16"]["perplexity"]
@@ -21,7 +21,6 @@ def test_quality_of_variants(tmp_path):
     assert abs(loss["gguf"]) < 1e-3
     assert abs(loss["int8"]) < 0.02
     assert 0.1 < loss["int4-g64"] < 0.6
-    assert loss["int4-g64-hqq"] < 0.9 * loss["int4-g64"]
     assert loss["int4-g64-gptq"] < 0.5 * loss["int4-g64"]
     assert found["gguf"]["weight_bytes"] == 96_576_768  # the tensors of the file
     assert found["int4-g64"]["decode_temp_bytes"] < 4 * 134e6 / 10  # no decoded copy of the weights

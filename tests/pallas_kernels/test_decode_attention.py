@@ -179,11 +179,9 @@ GPU_SLOW = {
     "kv4": (KV[4], 250, {"holes": True}, Config(2, 2, 1), {"s": 256}),
     "kv3": ((KV[4][0], KV[2][1]), 100, {}, Config(1, 1, 1), {}),
     "kv2": (KV[2], 250, {"window": 100}, Config(2, 2, 1), {"s": 256}),
-    "kv2, heads of 64": (KV[2], 128, {}, Config(1, 1, 1), {"h": 64}),
     "kivi2": (kivi(2), 128, {"holes": True}, Config(1, 1, 1), {}),
     "kivi4, heads of 64": (kivi(4), 128, {}, Config(1, 1, 1), {"h": 64}),
     "kivi4, blocks of 64": (kivi(4, 64), 128, {}, Config(1, 1, 1), {}),
-    "kivi2, blocks of 64": (kivi(2, 64), 128, {}, Config(1, 1, 1), {}),
     "int8 per channel": ((per_channel("int8", 32), per_token("int8")), 128, {}, Config(1, 1, 1), {}),
 }  # fmt: skip
 

@@ -24,9 +24,9 @@ plan = functools.partial(sx.plan, device="v5e")
 
 
 @functools.cache
-def llama(scan: bool):
+def llama():
     """A loss, its gradient, and arguments."""
-    functions, params = models.functions(CONFIG, scan=scan), models.init_params(CONFIG, scan=scan)
+    functions, params = models.functions(CONFIG), models.init_params(CONFIG)
 
     def loss(params, tokens):
         logits = functions.forward(params, tokens[:, :-1])
@@ -61,7 +61,7 @@ def wanted(program: str):
     return jitted(fn)(*args)
 
 
-PROGRAMS = {"scanned": lambda: llama(True), "unrolled": lambda: llama(False), "mlp": mlp}
+PROGRAMS = {"scanned": llama, "mlp": mlp}
 
 
 def check_equal(got, want, exact=False):
@@ -88,7 +88,7 @@ SLOW = ("save-dots", "offload-dots", "keep-all")
     "strategy", [pytest.param(s, marks=pytest.mark.slow) if s in SLOW else s for s in BASELINES]
 )
 def test_named_rules_change_nothing(strategy):
-    _, fn, args = llama(True)
+    _, fn, args = llama()
     found = plan(fn, *args, strategy=strategy)
     assert (found.strategy, found.budget) == (strategy, None)
     check_equal(jitted(found.apply(fn))(*args), wanted("scanned"))
@@ -104,7 +104,7 @@ def test_operation_by_operation_results_are_equal_bit_for_bit():
 
 def test_less_is_kept_in_the_compiled_program():
     """By XLA's own count for the CPU; the scan's stacks are what it can't undo."""
-    _, fn, args = llama(True)
+    _, fn, args = llama()
     found = plan(fn, *args, strategy="full-remat")
     peak = lambda f: memory_planner.memory_report(jax.jit(f).lower(*args).compile()).temporaries
     assert peak(found.apply(fn)) < 0.7 * peak(fn)
@@ -122,7 +122,7 @@ def test_a_measured_plan_keeps_to_its_budget_as_compiled():
 
 
 def test_encoded_values_are_near():
-    _, fn, args = llama(True)
+    _, fn, args = llama()
     low = plan(fn, *args, strategy="full-remat").after
     found = plan(fn, *args, hbm=low - 40_000, encode="int8-g64")
     assert "encode" in {k.how for k in found.kept}
@@ -150,7 +150,7 @@ def test_a_plan_is_for_one_program():
 
 
 def test_a_budget_out_of_reach_names_the_least_and_what_pins_it():
-    _, fn, args = llama(True)
+    _, fn, args = llama()
     with pytest.raises(
         ValueError,
         match=r"`hbm` is 1\.\d\d KiB; the least that was reached is .*arguments and outputs",
@@ -178,7 +178,7 @@ def test_remat_is_a_loss_whose_gradient_is_planned():
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_weights_on_the_host_are_fetched(scan):
-    functions, params = models.functions(CONFIG, scan=scan), models.init_params(CONFIG, scan=scan)
+    functions, params = models.functions(CONFIG), models.init_params(CONFIG)
     args = jnp.ones((1, 4), jnp.int32), functions.init_cache(1, 8)
     streamed = sx.offload(functions.step, weights="host")
     check_equal(
