@@ -11,7 +11,7 @@ PYTEST      := -m pytest -n $(JOBS) --dist worksteal
 NEWEST_TESTS ?= tests/transforms tests/memory_planner \
 	--ignore=tests/transforms/test_kv_methods.py --ignore=tests/transforms/test_kv_errors.py \
 	--ignore=tests/transforms/test_solvers.py --ignore=tests/transforms/test_kv_fused.py \
-	--ignore=tests/transforms/test_calibrate.py
+	--ignore=tests/transforms/test_calibrate.py --ignore=tests/transforms/test_kv_forms.py
 
 .DEFAULT_GOAL := help
 
