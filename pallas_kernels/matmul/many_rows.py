@@ -520,7 +520,7 @@ class _Block:
         for j, first in enumerate(range(0, c.block_m, ROWS)):
             rows = min(ROWS, c.block_m - first)
             own = self.scratch["staged_out"].at[self.wg, j % 2, pl.ds(0, rows)]
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(min(j, 1), wait_read_only=True)
             hopper.stage_transposed(own, total, first, p.interpret)
             plgpu.commit_smem()
             to = self.outs["out"].at[item.entry, pl.ds(item.row + first, rows), pl.ds(column, ROWS)]
