@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .. import hopper
 from ..codecs import Packed
 from ..hopper import ROWS
-from .mosaic_gpu import in_halves
+from .problem import Problem, in_halves
 
 WORKERS = 2  # warpgroups that multiply
 TALL = WORKERS * ROWS  # rows of the weight in a tile
@@ -94,37 +94,11 @@ def matmul(
     """``[B, M, K] x [B, N, K] -> [B, M, N]``, summed in float32, of `out_dtype` (None: as x)."""
     if x.dtype == jnp.float32:
         return in_halves(matmul, x, w, config, out_dtype, interpret)
-    (batch, m, k), n = x.shape, w.shape[-2]
-    plan = hopper.plan_of(w.codec)
-    tables = [
-        jnp.broadcast_to(part, (batch, n, part.shape[-1])).reshape(batch * n, -1)
-        for part in (w.parts[name] for name in plan.tables)
-    ]
-    group = getattr(w.codec, "group", None) or k
-    problem = _Problem(config, plan, batch, m, n, k, group, tables[0].shape[1], x.dtype,
-                       jnp.dtype(out_dtype or x.dtype), interpret)  # fmt: skip
-    return problem(x, w.parts["codes"].reshape(batch * n, -1), tables)
+    problem = _Problem.of(x, w, config, out_dtype, interpret)
+    return problem(x, *problem.operands(w))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-    config: Config
-    plan: hopper.Plan
-    batch: int
-    m: int
-    n: int
-    k: int
-    group: int
-    n_groups: int
-    dtype: Any
-    out_dtype: Any
-    interpret: bool
-
-    @property
-    def piece(self) -> int:
-        """Columns of a piece of a row."""
-        return self.k // self.plan.pieces
-
+class _Problem(Problem):
     @property
     def wide(self) -> int:
         """Bytes of a row in a tile of codes."""

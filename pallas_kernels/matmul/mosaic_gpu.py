@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .. import hopper
 from ..codecs import LloydMax, Packed
 from ..hopper import ROWS
+from .problem import Problem, in_halves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,28 +65,12 @@ def matmul(
     """``[B, M, K] x [B, N, K] -> [B, M, N]``, summed in float32, of `out_dtype` (None: as x)."""
     if x.dtype == jnp.float32:
         return in_halves(matmul, x, w, config, out_dtype, interpret)
-    (batch, m, k), n = x.shape, w.shape[-2]
-    plan = hopper.plan_of(w.codec)
-    tables = [_table(w.parts[name], batch, n) for name in plan.tables]
-    codes = w.parts["codes"].reshape(batch * n, -1)
-    columns = hopper.permute_columns(x.reshape(batch, m, plan.pieces, -1))
-    columns = columns.swapaxes(1, 2).reshape(batch * plan.pieces, m, -1)
+    problem = _Problem.of(x, w, config, out_dtype, interpret)
+    (batch, m, _), pieces = x.shape, problem.plan.pieces
+    columns = hopper.permute_columns(x.reshape(batch, m, pieces, -1))
+    columns = columns.swapaxes(1, 2).reshape(batch * pieces, m, -1)
     columns = jnp.pad(columns, ((0, 0), (0, -m % 8), (0, 0)))
-    group = getattr(w.codec, "group", None) or k
-    problem = _Problem(config, plan, batch, m, n, k, group, tables[0].shape[1], x.dtype,
-                       jnp.dtype(out_dtype or x.dtype), interpret)  # fmt: skip
-    return problem(columns, codes, tables)
-
-
-def in_halves(
-    run: Any, x: jax.Array, w: Packed, config: Any, out_dtype: Any, interpret: bool
-) -> jax.Array:
-    """A kernel's product with a float32 `x`, as two bfloat16 ones, its high and its low half: twice as many rows."""
-    # astype there and back would be simplified away
-    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    halves = jnp.concatenate([high, x - high], axis=1).astype(jnp.bfloat16)
-    out = run(halves, w, config, out_dtype=jnp.float32, interpret=interpret)
-    return (out[:, : x.shape[1]] + out[:, x.shape[1] :]).astype(out_dtype or x.dtype)
+    return problem(columns, *problem.operands(w))
 
 
 def rows_of(x: jax.Array) -> int:
@@ -102,30 +87,7 @@ def shared_bytes(config: Config, plan: hopper.Plan) -> int:
     return c.split * c.stages * (codes + x) + sums
 
 
-def _table(part: jax.Array, batch: int, n: int) -> jax.Array:
-    """A scale or zero for each row and group: ``[B * N, n_groups]``."""
-    return jnp.broadcast_to(part, (batch, n, part.shape[-1])).reshape(batch * n, -1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-    config: Config
-    plan: hopper.Plan
-    batch: int
-    m: int
-    n: int
-    k: int
-    group: int
-    n_groups: int
-    dtype: Any
-    out_dtype: Any
-    interpret: bool
-
-    @property
-    def piece(self) -> int:
-        """Columns of a piece: bytes of a stream."""
-        return self.k // self.plan.pieces
-
+class _Problem(Problem):
     @property
     def mine(self) -> int:
         """Stages of one warpgroup."""
