@@ -33,7 +33,7 @@ test-slow: $(VENV)/.ready ## only the slow tests
 	$(VENV)/bin/python $(PYTEST) -m slow || [ $$? -eq 5 ] # 5: none is marked slow
 
 test-newest: $(NEWEST)/.ready ## fast tests on the newest jax that pyproject.toml allows
-	$(NEWEST)/bin/python $(PYTEST) -m "not slow" -k "not models_of_other_people and not equals_replay and not named_rules" $(NEWEST_TESTS)
+	$(NEWEST)/bin/python $(PYTEST) -m "not slow" -k "not named_rules" $(NEWEST_TESTS)
 
 test-tpu: $(TPU)/.ready ## what the TPU compiler takes; it needs no TPU
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(TPU)/bin/python -m pytest -k "tpu_compiler and not every_form" \

@@ -439,17 +439,8 @@ def _expanded(
         return jnp.broadcast_to(own, (ROWS, 4, 2, 4, 2)).reshape(ROWS, 64)
 
     streams, out = [ordered(c).astype(jnp.int32) for c in codes], []
-    for fields, own in zip(plan.fields, terms):
-        code = sum(((streams[f.stream] >> f.shift) & (2**f.width - 1)) << f.up for f in fields)
-        level = level_of(jnp.asarray(code), plan)
-        columns = [column(t) for t in own]
-        if plan.has_zero and columns:
-            base, scale, rest = columns
-            shift = 128 if plan.bits == 8 and dtype == jnp.bfloat16 else -MAGIC[dtype.name]
-            level = (level - (base + shift)).astype(dtype).astype(jnp.float32) * scale + rest
-        elif columns:
-            level = level * columns[0] + (columns[1] if columns[1:] else 0)
-        out.append(level.astype(dtype))
+    for piece, own in enumerate(terms):
+        out.append(_values(streams, piece, [column(t) for t in own], plan, dtype))
     return out
 
 
@@ -457,18 +448,29 @@ def _in_order(
     streams: Sequence[jax.Array], piece: int, terms: Any, plan: Plan, dtype: Any
 ) -> jax.Array:
     """`expand_in_order` in plain jnp."""
+    wide = lambda entries: jnp.repeat(
+        jnp.stack([t.astype(jnp.float32) for t in entries], 1), 64 // len(terms), axis=1
+    )
+    return _values(streams, piece, list(map(wide, zip(*terms))), plan, dtype)
+
+
+def _values(
+    streams: Sequence[jax.Array], piece: int, columns: list[jax.Array], plan: Plan, dtype: Any
+) -> jax.Array:
+    """A piece of the bytes of every stream as numbers.
+
+    Args:
+      columns: its terms, spread over the numbers; none for levels unscaled.
+    """
     fields = plan.fields[piece]
     code = sum(((streams[f.stream] >> f.shift) & (2**f.width - 1)) << f.up for f in fields)
     level = level_of(jnp.asarray(code), plan)
-    wide = lambda i: jnp.repeat(
-        jnp.stack([own[i].astype(jnp.float32) for own in terms], 1), 64 // len(terms), axis=1
-    )
-    if plan.has_zero:
-        base, scale, rest = map(wide, range(3))
+    if plan.has_zero and columns:
+        base, scale, rest = columns
         shift = 128 if plan.bits == 8 and dtype == jnp.bfloat16 else -MAGIC[dtype.name]
         level = (level - (base + shift)).astype(dtype).astype(jnp.float32) * scale + rest
-    else:
-        level = level * wide(0)
+    elif columns:
+        level = level * columns[0] + (columns[1] if columns[1:] else 0)
     return level.astype(dtype)
 
 

@@ -70,8 +70,8 @@ def describe(x: Any, w: Packed) -> str:
     if _takes_many(x, w):
         return f"{name}: fused, many rows"
     if _decodes_first(x, w):
-        why = f"{many_rows.refusal(w)}, M = {x.shape[-2]}" if many_rows.refusal(w) else ""
-        return f"xla: decode, then dot ({why or f'M = {x.shape[-2]}'}: faster than fused)"
+        why = [many_rows.refusal(w), f"M = {x.shape[-2]}: faster than fused"]
+        return f"xla: decode, then dot ({', '.join(filter(None, why))})"
     return f"{name}: fused"
 
 
