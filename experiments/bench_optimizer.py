@@ -29,6 +29,7 @@ from absl import app, flags
 import stowax as sx
 from stowax import memory_planner, models
 from stowax.experiments import sizes
+from stowax.experiments.kernel_timing import median_seconds
 from stowax.experiments.results import write_json
 from stowax.transforms.report import text_table
 
@@ -98,16 +99,8 @@ def link_seconds(nbytes: int) -> float:
     y = jax.device_put(x, SPACE.Host)
     down = jax.jit(lambda x: jax.device_put(x + jnp.uint8(0), SPACE.Host))
     up = jax.jit(lambda x: jax.device_put(x, SPACE.Device) + jnp.uint8(0))
-    return nbytes / 2**30 * (_median(lambda: down(x)) + _median(lambda: up(y)))
-
-
-def _median(run: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(2 + STEPS.value):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+    both = (lambda: down(x)), (lambda: up(y))
+    return nbytes / 2**30 * sum(median_seconds(run, STEPS.value) for run in both)
 
 
 def measure(

@@ -8,7 +8,6 @@ out/bench_remat.json and .png. Expected on one H100: in docs/plans.md. 5 minutes
 
 from __future__ import annotations
 
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from absl import app, flags
 import stowax as sx
 from stowax import memory_planner, models
 from stowax.experiments import pictures, sizes
+from stowax.experiments.kernel_timing import median_seconds
 from stowax.experiments.results import write_json
 from stowax.transforms.placement import BASELINES
 from stowax.transforms.report import text_table
@@ -62,17 +62,13 @@ def problem() -> tuple[Any, Any, Any]:
 def measure(name: str, plan: sx.Plan, fn: Any, args: Any) -> dict[str, Any]:
     compiled = jax.jit(plan.apply(fn)).lower(*args).compile()
     report = memory_planner.memory_report(compiled)
-    times = []
-    for _ in range(2 + STEPS.value):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        times.append(time.perf_counter() - start)
+    seconds = median_seconds(lambda: compiled(*args), STEPS.value)
     return {
         "name": name,
         "budget": plan.budget,
         "predicted": plan.after,
         "xla": report.peak,
-        "ms": 1e3 * statistics.median(times[2:]),
+        "ms": 1e3 * seconds,
         "planned_ms": 1e3 * plan.step_after,
         "host": report.host,
         "again": len(plan.again),

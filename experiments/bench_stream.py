@@ -9,8 +9,6 @@ what to expect is in docs/plans.md.
 
 from __future__ import annotations
 
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from absl import app, flags
 import stowax as sx
 from stowax import memory_planner, models
 from stowax.experiments import sizes
+from stowax.experiments.kernel_timing import median_seconds
 from stowax.experiments.results import write_json
 from stowax.transforms.report import text_table
 
@@ -38,16 +37,7 @@ def link_bytes_per_second() -> float:
     """Of one large copy from host to device memory, inside a program as the steps have it."""
     host = jax.device_put(jnp.ones((1 << 30,), jnp.uint8), jax.memory.Space.Host)
     copy = jax.jit(lambda x: jax.device_put(x, jax.memory.Space.Device) + jnp.uint8(0))
-    return host.nbytes / _median(lambda: copy(host))
-
-
-def _median(run: Any) -> float:
-    times = []
-    for _ in range(2 + STEPS.value):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+    return host.nbytes / median_seconds(lambda: copy(host), STEPS.value)
 
 
 def measure(spec: str, functions: Any, link: float) -> dict[str, Any]:
@@ -60,7 +50,7 @@ def measure(spec: str, functions: Any, link: float) -> dict[str, Any]:
     host = jax.block_until_ready({**params, "layers": streamed.place(params["layers"])})
     del params
     compiled = jax.jit(streamed).lower(host, token, cache).compile()
-    seconds = _median(lambda: compiled(host, token, cache))
+    seconds = median_seconds(lambda: compiled(host, token, cache), STEPS.value)
     report = memory_planner.memory_report(compiled)
     moved = memory_planner.tree_nbytes(host["layers"])
     return {

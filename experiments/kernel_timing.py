@@ -65,11 +65,15 @@ def chained_us(
             return x
 
         run = jax.jit(chain, compiler_options={"xla_gpu_graph_min_graph_size": 1})
-        jax.block_until_ready(run(x, sets))
-        times = []
-        for _ in range(7):
-            start = time.perf_counter()
-            jax.block_until_ready(run(x, sets))
-            times.append(time.perf_counter() - start)
-        seconds.append(statistics.median(times))
+        seconds.append(median_seconds(lambda run=run: run(x, sets), 7, warm=1))
     return 1e6 * (seconds[1] - seconds[0]) / (lengths[1] - lengths[0])
+
+
+def median_seconds(run: Callable[[], Any], repeats: int, *, warm: int = 2) -> float:
+    """The median of `repeats` runs by the clock, each waited for, after `warm` others."""
+    times = []
+    for _ in range(warm + repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[warm:])
