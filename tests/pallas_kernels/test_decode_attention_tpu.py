@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +14,7 @@ from stowax.pallas_kernels import attention_kernel, decode_attention
 from stowax.pallas_kernels.codecs import per_channel, per_token
 from stowax.pallas_kernels.decode_attention import mosaic_tpu
 from stowax.pallas_kernels.decode_attention.mosaic_tpu import Config
+from tests.pallas_kernels import tpu_compiler
 from tests.pallas_kernels.test_decode_attention import KV, close, kivi, masked_rows, operands
 
 NARROW = Config(128, 128)
@@ -152,11 +148,7 @@ COMPILED_SLOW = [
     )
 ]
 
-SCRIPT = """
-import functools, json, sys
-from stowax.experiments import tpu_estimates
-tpu_estimates.prepare()
-import jax, jax.numpy as jnp
+COMPILE = """
 from stowax.pallas_kernels import codecs, pack_rows
 from stowax.pallas_kernels.decode_attention import mosaic_tpu
 
@@ -165,35 +157,21 @@ def codec(form):
         return codecs.per_channel(form[1], form[0])
     return codecs.per_token(form[0], rotate="rotated" in form)
 
-def attempt(chip, key, value, b, heads, s, h, dtype):
+def compile_it(chip, key, value, b, heads, s, h, dtype):
     shape = jax.ShapeDtypeStruct((b, heads, s, h), jnp.float32)
     rows = [jax.eval_shape(functools.partial(pack_rows, codec=codec(x)), shape) for x in (key, value)]
     q, lengths = jax.ShapeDtypeStruct((b, 4 * heads, h), dtype), jax.ShapeDtypeStruct((b,), jnp.int32)
     seen = jax.ShapeDtypeStruct((b, heads, s), jnp.bool_)
     run = functools.partial(mosaic_tpu.decode_attention, scale=0.1, soft_cap=30.0, window=1500)
-    try:
-        tpu_estimates.compile_for(chip, run, q, *rows, lengths, seen)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"[:500]
-    return ""
-
-print(json.dumps([attempt(*case) for case in json.loads(sys.argv[1])]))
+    tpu_estimates.compile_for(chip, run, q, *rows, lengths, seen)
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
-)
+@tpu_compiler.needs_it
 @pytest.mark.parametrize(
     "cases",
     [COMPILED, pytest.param(COMPILED_SLOW, marks=pytest.mark.slow)],
     ids=["few", "every_form"],
 )
 def test_the_tpu_compiler_takes_it(cases):
-    """In a process of its own: libtpu may be loaded once in each, and a crash of it is an error here."""
-    command = [sys.executable, "-c", SCRIPT, json.dumps(cases)]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    errors = json.loads(done.stdout.splitlines()[-1])
-    assert {str(case): error for case, error in zip(cases, errors) if error} == {}
+    assert tpu_compiler.errors(COMPILE, cases) == {}

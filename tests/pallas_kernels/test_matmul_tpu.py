@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from stowax.pallas_kernels import codecs
 from stowax.pallas_kernels.matmul import mosaic_tpu, reference
+from tests.pallas_kernels import tpu_compiler
 
 CASES = {  # codec, batch, M, K, N
     "a token": ("int8", (), 1, 256, 16),
@@ -123,41 +118,23 @@ SLOW = [
     for m in (1, 1024)
 ]
 
-SCRIPT = """
-import functools, json, sys
-from stowax.experiments import tpu_estimates
-tpu_estimates.prepare()
-import jax, jax.numpy as jnp
+COMPILE = """
 from stowax.pallas_kernels import codecs
 from stowax.pallas_kernels.matmul import mosaic_tpu
 
-def attempt(chip, spec, batch, m, k, n, precision):
+def compile_it(chip, spec, batch, m, k, n, precision):
     lead = tuple(range(len(batch) + 1))
     pack = lambda w: codecs.pack(w, codecs.get(spec), lead=lead, inner=(len(batch) + 1,))
     w = jax.eval_shape(pack, jax.ShapeDtypeStruct((*batch, n, k), jnp.bfloat16))
     x = jax.ShapeDtypeStruct((*batch, m, k), jnp.float32 if precision else jnp.bfloat16)
     run = functools.partial(mosaic_tpu.matmul, precision=precision)
-    try:
-        tpu_estimates.compile_for(chip, run, x, w)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"[:500]
-    return ""
-
-print(json.dumps([attempt(*case) for case in json.loads(sys.argv[1])]))
+    tpu_estimates.compile_for(chip, run, x, w)
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
-)
+@tpu_compiler.needs_it
 @pytest.mark.parametrize(
     "cases", [COMPILED, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["few", "all"]
 )
 def test_the_tpu_compiler_takes_it(cases):
-    """In a process of its own: libtpu may be loaded once in each, and a crash of it is an error here."""
-    command = [sys.executable, "-c", SCRIPT, json.dumps(cases)]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    errors = json.loads(done.stdout.splitlines()[-1])
-    assert {str(case): error for case, error in zip(cases, errors) if error} == {}
+    assert tpu_compiler.errors(COMPILE, cases) == {}
