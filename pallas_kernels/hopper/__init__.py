@@ -31,3 +31,5 @@ from .transposed import over_rows as over_rows
 from .transposed import spread_scales as spread_scales
 from .transposed import store_first as store_first
 from .transposed import store_weights as store_weights
+from .whole_bytes import load_bytes as load_bytes
+from .whole_bytes import scale_sums as scale_sums

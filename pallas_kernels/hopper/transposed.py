@@ -109,14 +109,16 @@ def _load_transposed(ref: Any, chunk: int, row_bytes: int) -> list[Any]:
     return out
 
 
-def load_matrices(place: Any) -> list[Any]:
-    """Four matrices of 8 rows of 16 bytes, transposed in pairs of bytes.
+def load_matrices(place: Any, *, transposed: bool = True) -> list[Any]:
+    """Four matrices of 8 rows of 16 bytes.
 
     Args:
       place: in lane 8 i + j the address of row j of the i-th.
+      transposed: in pairs of bytes.
     """
+    turn = ".trans" if transposed else ""
     found = mgpu.utils.inline_ptx(
-        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];",
+        f"ldmatrix.sync.aligned.m8n8.x4{turn}.shared.b16 {{$0, $1, $2, $3}}, [$4];",
         place,
         result_types=[asm.i32()] * 4,
         has_side_effects=True,

@@ -57,7 +57,7 @@ def describe(x: Any, w: Packed) -> str:
     """The path of a matmul here, and why no kernel takes it."""
     if _rounds(w):
         reason = w8a8.refusal(x, w)
-        return f"xla: decode + dot, x as it is ({reason})" if reason else "w8a8: x in 8 bits too"
+        return f"xla: decode + dot, x as it is ({reason})" if reason else _describe_rounded(x, w)
     tiles = xla.tile_count(w)
     path = "xla: decode + dot" if tiles == 1 else f"xla: decode + dot, {tiles} tiles"
     name = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(jax.default_backend())
@@ -73,6 +73,11 @@ def describe(x: Any, w: Packed) -> str:
         why = [many_rows.refusal(w), f"M = {x.shape[-2]}: faster than fused"]
         return f"xla: decode, then dot ({', '.join(filter(None, why))})"
     return f"{name}: fused"
+
+
+def _describe_rounded(x: Any, w: Packed) -> str:
+    kernel = w8a8.kernel_of(x, w) if hopper.is_here() else ""
+    return f"w8a8: x in 8 bits too, {f'mosaic_gpu: {kernel}' if kernel else 'xla'}"
 
 
 def _takes_many(x: Any, w: Packed) -> bool:

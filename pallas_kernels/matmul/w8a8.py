@@ -1,8 +1,9 @@
 """Matmul of 8-bit weights with activations that are rounded to 8 bits on the way, a scale for each token.
 
 The weight has a scale for each row and no zero point, so both scales come on the finished sum: int8 x int8 adds up
-in int32 without an error, E4M3 x E4M3 in float32. Plain `lax.dot_general`, which XLA maps to the 8-bit units of
-TPUs and GPUs and fuses with the rounding and the scales. It is what weights of ``int8-a8`` and ``fp8_e4m3-a8`` run.
+in int32 without an error, E4M3 x E4M3 in float32. It is what weights of ``int8-a8`` and ``fp8_e4m3-a8`` run: on a
+Hopper GPU a kernel of its own for many tokens, and the weight-only one, which x in 8 bits also fits, for few; elsewhere
+`lax.dot_general`, which XLA maps to the 8-bit units of a TPU and fuses with the rounding and the scales.
 
 Weight-only kernels keep `x` as it is and save bytes; this one also multiplies at the 8-bit rate, which pays where
 the matmul is bound by arithmetic (prefill, large batches), at the price of the rounding of `x`.
@@ -13,14 +14,17 @@ Letters as in `matmul`: ``M`` tokens, ``K`` the contracted axis, ``N`` rows of t
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .. import hopper
 from ..codecs import Fp8, Int, Packed
-from . import xla
+from ..op import Op, one_by_one
+from . import mosaic_gpu, tuned, w8a8_mosaic_gpu, xla
 from .layout import is_stored_as_shown
 
 LARGEST = {jnp.int8: 127.0, jnp.float8_e4m3fn: 448.0}  # |x| of a token maps to this
@@ -53,14 +57,59 @@ def matmul(x: jax.Array, w: Packed, *, preferred_element_type: Any = None) -> ja
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: jax.Array, w: Packed, preferred_element_type: Any) -> jax.Array:
-    dtype = _element(w)
-    codes, scale = quantize_tokens(x, dtype)
-    batch, last = tuple(range(x.ndim - 2)), ((x.ndim - 1,), (x.ndim - 1,))
-    total = jnp.int32 if dtype == jnp.int8 else jnp.float32
+    codes, scale = quantize_tokens(x, _element(w))
+    dtype = jnp.dtype(preferred_element_type or jnp.result_type(x.dtype, w.dtype))
+    return ROUNDED_MATMUL((codes, scale, w), out_dtype=dtype)
+
+
+def _by_xla(operands: Any, *, out_dtype: Any) -> jax.Array:
+    codes, scale, w = operands
+    batch, last = tuple(range(w.ndim - 2)), ((w.ndim - 1,), (w.ndim - 1,))
+    total = jnp.int32 if codes.dtype == jnp.int8 else jnp.float32
     sums = lax.dot_general(codes, _levels(w), (last, (batch, batch)), preferred_element_type=total)
     rows = jnp.swapaxes(w.parts["scale"].astype(jnp.float32), -1, -2)
-    y = sums.astype(jnp.float32) * scale * rows
-    return y.astype(preferred_element_type or jnp.result_type(x.dtype, w.dtype))
+    return (sums.astype(jnp.float32) * scale * rows).astype(out_dtype)
+
+
+def _on_cuda(operands: Any, *, out_dtype: Any) -> jax.Array:
+    """Lowered on a machine without a GPU, for a Hopper one."""
+    codes, scale, w = operands
+    other = jax.default_backend() == "gpu" and not hopper.is_here()
+    path = kernel_of(codes, w)
+    if other or not path:
+        return _by_xla(operands, out_dtype=out_dtype)
+    lead, (m, k), n = w.shape[:-2], codes.shape[-2:], w.shape[-2]
+    one, batch = w.folded(range(len(lead))), math.prod(lead)
+    codes, scale = codes.reshape(batch, m, k), scale.reshape(batch, m, 1)
+    if path == "many rows":
+        config = tuned.rounded(batch, m, n, k)
+        out = w8a8_mosaic_gpu.matmul(codes, scale, one, config, out_dtype=out_dtype)
+    else:  # bfloat16 holds every code
+        config, x = tuned.config(hopper.plan_of(w.codec), m, n, k), codes.astype(jnp.bfloat16)
+        out = mosaic_gpu.matmul(x, one, config, out_dtype=jnp.float32)
+        out = (out * scale).astype(out_dtype)
+    return out.reshape(*lead, m, n)
+
+
+def kernel_of(x: Any, w: Packed) -> str:
+    """What a Hopper GPU runs for `x`, or its codes: "many rows", "few rows", or "" where no kernel can."""
+    if tuned.takes_rounded(x.shape[-2]) and not w8a8_mosaic_gpu.refusal(w):
+        return "many rows"
+    like: Any = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+    return "" if mosaic_gpu.refusal(like, w) else "few rows"
+
+
+def _batched(call: Any, size: int, operands: Any, is_batched: Any) -> jax.Array:
+    """A batch of x alone is more rows."""
+    codes, scale, w = operands
+    if any(jax.tree.leaves(is_batched[2])):
+        return one_by_one(call, size, operands, is_batched)
+    more = lambda x: jnp.moveaxis(x, 0, -3).reshape(*x.shape[1:-2], -1, x.shape[-1])
+    out = call((more(codes), more(scale), w))
+    return jnp.moveaxis(out.reshape(*out.shape[:-2], size, -1, out.shape[-1]), -3, 0)
+
+
+ROUNDED_MATMUL = Op("rounded_matmul", _by_xla, {"cuda": _on_cuda}, _batched)
 
 
 def _forward(x: jax.Array, w: Packed, preferred: Any) -> tuple[jax.Array, Any]:

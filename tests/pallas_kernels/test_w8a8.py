@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 import stowax as sx
 from stowax.pallas_kernels import codecs, matmul
-from stowax.pallas_kernels.matmul import reference, w8a8
+from stowax.pallas_kernels.matmul import reference, tiles, tuned, w8a8, w8a8_mosaic_gpu
 
 SHAPES = {  # batch, M, K, N
     "vector": ((), 1, 32, 16),
@@ -62,8 +64,51 @@ def test_zero_tokens_and_dtypes():
 
 def test_multiplies_in_8_bits():
     x, w = operands((), 4, 32, 8, "int8")
-    text = str(jax.make_jaxpr(w8a8.matmul)(x, w))
-    assert "preferred_element_type=int32" in text
+    text = jax.jit(w8a8.matmul).lower(x, w).as_text()
+    assert "(tensor<4x32xi8>, tensor<8x32xi8>) -> tensor<4x8xi32>" in text
+
+
+# batch, M, K, N, config: whole and ragged tiles, an odd number of steps, parts of K for all tiles, for the last ones
+KERNEL = {"int8": ((2,), 70, 384, 136, tiles.Config(64, 2, blocks=2))}
+KERNEL_SLOW = {
+    "fp8_e4m3": ((1,), 72, 384, 264, tiles.Config(48, 3, blocks=4, parts=2)),
+    "int8-tensor": ((1,), 20, 1152, 128, tiles.Config(32, 3, blocks=9, parts=3)),
+    "int8-f32": ((1,), 20, 128, 256, tiles.Config(32, 3, blocks=9)),
+}
+
+
+@pytest.mark.parametrize(
+    "spec", [*KERNEL, *(pytest.param(s, marks=pytest.mark.slow) for s in KERNEL_SLOW)]
+)
+def test_kernel(spec):
+    """In the interpreter."""
+    *sizes, config = (KERNEL | KERNEL_SLOW)[spec]
+    x, w = operands(*sizes, spec)
+    codes, scale = w8a8.quantize_tokens(x, w8a8._element(w))
+    run = functools.partial(
+        w8a8_mosaic_gpu.matmul, config=config, out_dtype=jnp.float32, interpret=True
+    )
+    got, want = jax.jit(run)(codes, scale, w), w8a8.matmul(x, w)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("spec", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize(("m", "n", "kernel"), [(8, 256, "few"), (300, 256, "many"), (300, 40, "")])
+def test_lowers_for_cuda(spec, m, n, kernel):
+    """Few tokens run the weight-only kernel, many one for two operands of 8 bits; what no kernel takes, XLA."""
+    x, w = operands((), m, 512, n, spec, jnp.bfloat16)
+    assert w8a8.kernel_of(x, w).startswith(kernel)
+    text = jax.jit(w8a8.matmul).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("mosaic_gpu" in text) == bool(kernel)
+
+
+def test_every_shape_gets_blocks_that_fit():
+    for k, n in ((4096, 14336), (14336, 4096), (1536, 576)):
+        for m in (65, 129, 1000, 4096):
+            c = tuned.rounded(1, m, n, k)
+            assert w8a8_mosaic_gpu.shared_bytes(c) <= tuned.SHARED_BYTES
+            assert c.stages >= 2
+            assert c.block_m % 16 == 0
 
 
 @pytest.mark.parametrize(

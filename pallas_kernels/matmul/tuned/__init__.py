@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 from ...hopper import ROWS, Plan
-from .. import many_rows
+from .. import many_rows, tiles, w8a8_mosaic_gpu
 from ..mosaic_gpu import Config, shared_bytes
 
 SHARED_BYTES = 227 * 1024  # a block of a Hopper GPU has
@@ -64,15 +64,23 @@ def many(
     plan: Plan, batch: int, m: int, n: int, k: int, device: str = "hopper"
 ) -> many_rows.Config:
     """The cut of a product of many rows that should take the least time, by the measured time of a step."""
-    fewest = -(-m // 256)
-    choices = [
-        _many(plan, -(-m // rows), parts, n)
-        for rows in range(fewest, 2 * fewest + 1)
-        for parts in (1, 2, 3, 4, 6, 8)
-        if parts <= k // plan.pieces // many_rows.wide(plan)
-    ]
     step = (_rule(plan, device) or {"step_us": (0.3, 0.002)})["step_us"]
-    return min(choices, key=lambda c: _many_us(c, step, (batch, m, n, k)))
+    make = functools.partial(many_rows.Config, stages=12)
+    fits = functools.partial(many_rows.shared_bytes, plan=plan)
+    steps = k // plan.pieces // many_rows.wide(plan)
+    return _fastest(make, fits, (batch, m, n, k // many_rows.STEP), steps, step)
+
+
+def rounded(batch: int, m: int, n: int, k: int, device: str = "hopper") -> tiles.Config:
+    """The same where both operands are of 8 bits."""
+    step = table(device)["rounded"]["step_us"]
+    make, fits = functools.partial(tiles.Config, stages=12), w8a8_mosaic_gpu.shared_bytes
+    return _fastest(make, fits, (batch, m, n, k // tiles.LINE), -(-k // 256), step)
+
+
+def takes_rounded(m: int, device: str = "hopper") -> bool:
+    """Whether two operands of 8 bits are faster than the weight-only kernel for M rows."""
+    return m >= table(device)["rounded"]["from_m"]
 
 
 def _rule(plan: Plan, device: str) -> dict[str, Any] | None:
@@ -80,22 +88,45 @@ def _rule(plan: Plan, device: str) -> dict[str, Any] | None:
     return next(filter(same, table(device)["many"]), None)
 
 
-def _many(plan: Plan, rows: int, parts: int, n: int) -> many_rows.Config:
-    cluster = 2 if n > many_rows.TALL else 1
-    config = many_rows.Config(-(-rows // 16) * 16, 12, cluster=cluster, parts=parts)
-    while many_rows.shared_bytes(config, plan) > SHARED_BYTES - 1024:  # barriers take some
+def _fastest(
+    make: Any, shared_bytes: Any, sizes: tuple[int, int, int, int], tiles_k: int, step_us: Any
+) -> Any:
+    """The fastest of all cuts.
+
+    Args:
+      make: a configuration, of `block_m`, `cluster` and `parts`.
+      shared_bytes: of one.
+      sizes: batch, M, N, steps along K.
+      tiles_k: parts at most.
+      step_us: microseconds of a step: of all, and for each row of x.
+    """
+    _, m, n, _ = sizes
+    fewest = -(-m // 256)
+    cluster = 2 if n > tiles.TALL else 1
+    choices = []
+    for count in range(fewest, 2 * fewest + 1):
+        for parts in (1, 2, 3, 4, 6, 8):
+            if parts <= tiles_k:
+                block_m = -(-m // (16 * count)) * 16
+                config = make(block_m=block_m, cluster=cluster, parts=parts)
+                choices.append(_fitting_stages(config, shared_bytes))
+    return min(choices, key=lambda c: _us(c, step_us, sizes))
+
+
+def _fitting_stages(config: Any, shared_bytes: Any) -> Any:
+    while shared_bytes(config) > SHARED_BYTES - 1024:  # barriers take some
         config = dataclasses.replace(config, stages=config.stages - 1)
     return config
 
 
-def _many_us(config: many_rows.Config, step: Any, sizes: tuple[int, int, int, int]) -> float:
+def _us(config: tiles.Config, step: Any, sizes: tuple[int, int, int, int]) -> float:
     """Rounds of all blocks, and adding the parts up."""
-    batch, m, n, k = sizes
-    rows, columns, whole = many_rows.cut(config, batch, m, n)
+    batch, m, n, steps = sizes
+    rows, columns, whole = tiles.cut(config, batch, m, n)
     clusters = config.blocks // config.cluster
     last = (columns - whole) * rows
     rounds = -(-whole * rows // clusters) + -(-last * config.parts // clusters) / config.parts
-    us = rounds * k // 64 * (step[0] + step[1] * config.block_m)
+    us = rounds * steps * (step[0] + step[1] * config.block_m)
     if config.parts == 1:
         return us
     alone = 20 if not whole and config.block_m > 128 else 0  # measured, and not understood
