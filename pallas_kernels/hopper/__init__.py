@@ -20,6 +20,7 @@ from .layout import load_table as load_table
 from .layout import mma as mma
 from .layout import permute_columns as permute_columns
 from .layout import scale_rows as scale_rows
+from .layout import settled as settled
 from .layout import store_transposed as store_transposed
 from .layout import sync as sync
 from .layout import tiled as tiled

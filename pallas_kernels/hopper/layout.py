@@ -46,6 +46,42 @@ def sync(interpret: bool) -> None:
     run()
 
 
+def settled(total: jax.Array, word: Any, interpret: bool) -> jax.Array:
+    """Sums after the last wait for them, with a barrier of the warpgroup.
+
+    ptxas (CUDA 13) moves arithmetic on sums of a loop before that wait, and barriers do not hold it. So each sum takes
+    part in an operation with a zero that is read from memory after the barrier.
+
+    Args:
+      total: 32-bit ``[64, W]``.
+      word: ``int32[1]`` of shared memory, the warpgroup's own.
+    """
+    if interpret:
+        return total
+
+    @asm.inline(
+        arg_types=(WGMMA, plgpu.RefType()),
+        return_type=plgpu.ShapeDtypeStruct(total.shape, total.dtype, layout=WGMMA),
+    )
+    def run(ctx, total, word):
+        place = llvm.ptrtoint(asm.i32(), asm.pointer(word))
+        mgpu.utils.inline_ptx(
+            "st.volatile.shared.u32 [$0], $1;", place, asm.const(0), has_side_effects=True
+        )
+        mgpu.utils.warpgroup_barrier()
+        zero = mgpu.utils.inline_ptx(
+            "ld.volatile.shared.u32 $0, [$1];", place, result_types=asm.i32(), has_side_effects=True
+        )
+        out = np.empty_like(total.registers)
+        for i, x in np.ndenumerate(total.registers):
+            kind = ir.VectorType.get(ir.VectorType(x.type).shape, asm.i32())
+            zeros = vector.broadcast(kind, zero)
+            out[i] = asm.bits(arith.xori(asm.bits(x, kind), zeros), x.type)
+        return asm.array(out, WGMMA, tuple(total.shape), is_signed=total.is_signed)
+
+    return run(total, word)
+
+
 def mma(acc: Any, a: jax.Array, b: Any, staged: Any = None) -> None:
     """``acc += a @ b``, not waited for, with `a` in registers.
 

@@ -229,10 +229,8 @@ class _Block(tiles.Block):
                 return place, slot, words, weights, now
 
             state_ = lax.fori_loop(0, item.count, step, state)
-            plgpu.wgmma_wait(0)
-            hopper.sync(p.interpret)  # ptxas would convert sums to 16 bits before they are complete
-            slot = state_[1]
-            self.release(self.before(slot))
-            return acc[...], state_
+            total = self.settled(acc)
+            self.release(self.before(state_[1]))
+            return total, state_
 
         return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, c.block_m), jnp.float32))

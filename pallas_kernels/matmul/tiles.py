@@ -167,6 +167,7 @@ class Tiles(Problem):
         scratch: dict[str, Any] = {
             "x": plgpu.SMEM((c.stages, c.block_m, step), self.dtype, transforms=tile(self.dtype)),
             "empty": empty(),
+            "words": plgpu.SMEM((WORKERS, 1), jnp.int32),
         }
         if self.interpret:  # its WGMMA takes no registers
             scratch["staged"] = plgpu.SMEM((WORKERS, ROWS, step), self.dtype)
@@ -295,6 +296,12 @@ class Block:
         if self.problem.config.cluster > 1:  # one thread of a warpgroup says so to a whole cluster
             hopper.sync(self.problem.interpret)
         plgpu.barrier_arrive(self.barrier("empty", slot))
+
+    def settled(self, acc: Any) -> jax.Array:
+        """Sums, complete."""
+        plgpu.wgmma_wait(0)
+        word = self.scratch["words"].at[self.wg]
+        return hopper.settled(acc[...], word, self.problem.interpret)
 
     def finish(self) -> None:
         """After the last sums."""

@@ -139,10 +139,9 @@ class _Block(tiles.Block):
                 return slot, weights
 
             slot, weights = lax.fori_loop(0, item.count, step, state)
-            plgpu.wgmma_wait(0)
-            hopper.sync(p.interpret)  # ptxas would convert sums before they are complete
+            total = self.settled(acc)
             self.release(self.before(slot))
-            return acc[...], (slot, weights)
+            return total, (slot, weights)
 
         kind = jnp.int32 if p.dtype == jnp.int8 else jnp.float32
         return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, c.block_m), kind))
