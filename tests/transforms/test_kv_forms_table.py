@@ -15,7 +15,8 @@ BY_NAME = {form.name: form for form in FORMS}
 BF16 = {name for name in BY_NAME if "bf16" in name}
 GROWS = {"concat", "concat in the layout bksh"}
 
-pytestmark = pytest.mark.slow  # the table itself; its forms run in test_kv_forms.py
+# The table itself; its forms run in test_kv_forms.py.
+pytestmark = [pytest.mark.slow, pytest.mark.by_hand]
 
 every_form = pytest.mark.parametrize("name", BY_NAME)
 
