@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from .problem import Problem
 WORKERS = 2  # warpgroups that multiply
 TALL = WORKERS * ROWS  # rows of the weight in a tile
 LINE = 128  # bytes of a row of x, and of the columns of a step
+BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 REGISTERS = 232, 40  # of a thread of a worker, and of the one that fetches
 
 
@@ -61,7 +63,13 @@ def cut(config: Config, batch: int, m: int, n: int) -> tuple[int, int, int]:
 
 def shared_bytes(config: Config) -> int:
     """Bytes of shared memory for x and for sums that leave."""
-    return config.stages * config.block_m * LINE + WORKERS * 2 * ROWS * ROWS * 2
+    buffers = sum(math.prod(_buffer(t)) * t.itemsize for t in (BF16, F32)[: min(config.parts, 2)])
+    return config.stages * config.block_m * LINE + buffers
+
+
+def _buffer(dtype: Any) -> tuple[int, ...]:
+    """Of sums that leave: for each worker two, of so many rows of x and 64 of the weight."""
+    return (WORKERS, 2, 64 if dtype.itemsize == 2 else 16, ROWS)
 
 
 class Tiles(Problem):
@@ -124,8 +132,8 @@ class Tiles(Problem):
 
     @property
     def staged(self) -> bool:
-        """Whether sums leave through shared memory: bulk copies know whole tiles."""
-        return self.whole > 0 and self.out_dtype.itemsize == 2 and self.n % ROWS == 0
+        """Whether whole sums leave through shared memory: bulk copies know whole tiles."""
+        return self.whole > 0 and self.n % ROWS == 0
 
     def outs(self, out_m: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What the kernel writes: sums ``[B, M, N]``, and of the last tiles parts of them, 64 columns after another."""
@@ -135,8 +143,8 @@ class Tiles(Problem):
             shapes["out"] = jax.ShapeDtypeStruct(shape, self.out_dtype)
         if self.whole < self.columns:
             strips = (self.columns - self.whole) * self.config.cluster * WORKERS
-            shape = (strips * self.batch * self.config.parts * out_m, ROWS)
-            shapes["parts"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+            shape = (strips * self.batch * self.config.parts, out_m, ROWS)
+            shapes["parts"] = jax.ShapeDtypeStruct(shape, F32)
         return shapes
 
     def joined(self, outs: dict[str, jax.Array], out_m: int) -> jax.Array:
@@ -171,11 +179,12 @@ class Tiles(Problem):
         }
         if self.interpret:  # its WGMMA takes no registers
             scratch["staged"] = plgpu.SMEM((WORKERS, ROWS, step), self.dtype)
-        if self.staged:
-            scratch["staged_out"] = plgpu.SMEM(
-                (WORKERS, 2, ROWS, ROWS), self.out_dtype, transforms=tile(self.out_dtype)
-            )
-        return scratch
+        kinds = {"out": self.out_dtype} if self.staged else {}
+        kinds |= {"parts": F32} if self.whole < self.columns else {}
+        return scratch | {
+            f"staged_{name}": plgpu.SMEM(_buffer(kind), kind, transforms=tile(kind))
+            for name, kind in kinds.items()
+        }
 
 
 def _body(kind: type[Block], problem: Tiles, out_m: int, *refs: Any, **scratch: Any) -> None:
@@ -305,7 +314,7 @@ class Block:
 
     def finish(self) -> None:
         """After the last sums."""
-        if "staged_out" in self.scratch:
+        if any(name.startswith("staged_") for name in self.scratch):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def write(self, item: Item, total: jax.Array) -> None:
@@ -321,25 +330,29 @@ class Block:
     def write_part(self, item: Item, total: jax.Array) -> None:
         p = self.problem
         strip = (item.tile - p.whole * p.config.cluster) * WORKERS + self.wg
-        row = (strip * p.batch + item.entry) * p.config.parts + item.part
-        self.store(self.outs["parts"], item, total, row * self.out_m, jnp.int32(0))
+        entry = (strip * p.batch + item.entry) * p.config.parts + item.part
+        self.send("parts", entry, item.row, 0, total)
 
     def write_whole(self, item: Item, total: jax.Array) -> None:
-        p, c = self.problem, self.problem.config
-        column = item.column + self.wg * ROWS
-        if "staged_out" not in self.scratch:
-            self.store(self.outs["out"], item, total, item.entry * self.out_m, column)
+        p, column = self.problem, item.column + self.wg * ROWS
+        if p.staged:
+            self.send("out", item.entry, item.row, column, total)
             return
-        for j, first in enumerate(range(0, c.block_m, ROWS)):
-            rows = min(ROWS, c.block_m - first)
-            own = self.scratch["staged_out"].at[self.wg, j % 2, pl.ds(0, rows)]
+        first = item.entry * self.out_m
+        stop = first + self.out_m
+        out = self.outs["out"]
+        hopper.store_transposed(out, total, first + item.row, column, stop, p.interpret)
+        hopper.sync(p.interpret)  # warps take different times
+
+    def send(self, name: str, entry: Any, row: Any, column: Any, total: jax.Array) -> None:
+        """Sums to ``[entry, row :, column :]`` of what the kernel writes, through two buffers in turn."""
+        buffers, p = self.scratch[f"staged_{name}"].at[self.wg], self.problem
+        step = buffers.shape[1]
+        for j, first in enumerate(range(0, p.config.block_m, step)):
+            rows = min(step, p.config.block_m - first)
+            own = buffers.at[j % 2, pl.ds(0, rows)]
             plgpu.wait_smem_to_gmem(min(j, 1), wait_read_only=True)
             hopper.stage_transposed(own, total, first, p.interpret)
             plgpu.commit_smem()
-            to = self.outs["out"].at[item.entry, pl.ds(item.row + first, rows), pl.ds(column, ROWS)]
+            to = self.outs[name].at[entry, pl.ds(row + first, rows), pl.ds(column, ROWS)]
             plgpu.copy_smem_to_gmem(own, to)
-
-    def store(self, out: Any, item: Item, total: jax.Array, row: Any, column: Any) -> None:
-        stop = row + self.out_m
-        hopper.store_transposed(out, total, row + item.row, column, stop, self.problem.interpret)
-        hopper.sync(self.problem.interpret)  # warps take different times
