@@ -26,8 +26,8 @@ from ..codecs import Fp8, Int, Packed
 from ..op import Op, one_by_one
 from . import mosaic_gpu, tuned, w8a8_mosaic_gpu, xla
 from .layout import is_stored_as_shown
+from .tokens import quantize_tokens
 
-LARGEST = {jnp.int8: 127.0, jnp.float8_e4m3fn: 448.0}  # |x| of a token maps to this
 INT8_LENGTH = 2**31 // (128 * 127)  # of K: a longer sum could leave int32
 
 
@@ -139,19 +139,6 @@ def refusal(x: jax.Array, w: Packed) -> str:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return f"`x` is {x.dtype.name}, not a float"
     return ""
-
-
-def quantize_tokens(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Codes of `dtype` (int8 or float8_e4m3fn) ``[..., K]`` and float32 scales ``[..., 1]``.
-
-    Symmetric: the largest |x| of a token becomes `LARGEST`; a token of zeros has the scale 0.
-    """
-    x = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / LARGEST[dtype]
-    x = x / jnp.where(scale == 0, 1.0, scale)
-    limit = LARGEST[dtype]
-    x = jnp.clip(jnp.round(x) if dtype == jnp.int8 else x, -limit, limit)
-    return x.astype(dtype), scale
 
 
 def rounded(x: jax.Array, w: Packed) -> jax.Array:

@@ -7,6 +7,8 @@ is taken and says so.
 
 from .call import barrier as barrier
 from .call import call as call
+from .call import load as load
 from .call import lowering as lowering
 from .call import refusal as refusal
+from .call import store as store
 from .traced import Traced as Traced

@@ -61,6 +61,16 @@ def barrier(interpret: bool) -> None:
         backend.debug_barrier()  # pyright: ignore
 
 
+def load(ref: Any, inside: jax.Array) -> jax.Array:
+    """What `ref` holds where `inside`, 0 elsewhere."""
+    return backend.load(ref, mask=inside, other=0)  # pyright: ignore
+
+
+def store(ref: Any, x: jax.Array, inside: jax.Array) -> None:
+    """Writes `x` to `ref` where `inside`."""
+    backend.store(ref, x, mask=inside)  # pyright: ignore
+
+
 @contextlib.contextmanager
 def lowering() -> Iterator[None]:
     """What lowering a kernel needs: a device, on a machine without a GPU; and no warning."""

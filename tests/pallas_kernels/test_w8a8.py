@@ -11,7 +11,7 @@ import pytest
 
 import stowax as sx
 from stowax.pallas_kernels import codecs, matmul
-from stowax.pallas_kernels.matmul import reference, tiles, tuned, w8a8, w8a8_mosaic_gpu
+from stowax.pallas_kernels.matmul import reference, tiles, tokens, tuned, w8a8, w8a8_mosaic_gpu
 
 SHAPES = {  # batch, M, K, N
     "vector": ((), 1, 32, 16),
@@ -100,6 +100,19 @@ def test_lowers_for_cuda(spec, m, n, kernel):
     assert w8a8.kernel_of(x, w).startswith(kernel)
     text = jax.jit(w8a8.matmul).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
     assert ("mosaic_gpu" in text) == bool(kernel)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("k", [37, 128])
+def test_kernel_of_tokens(k, dtype):
+    """In the interpreter; one of the tokens is zeros."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, k)), jnp.bfloat16)
+    x = x.at[0, 1].set(0)
+    got = tokens.kernel(x, dtype=dtype, interpret=True)
+    want = jax.jit(functools.partial(tokens.plain, dtype=dtype))(x)
+    assert not tokens.refusal(k, dtype)
+    for a, b in zip(got, want):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
 def test_every_shape_gets_blocks_that_fit():

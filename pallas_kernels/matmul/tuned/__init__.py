@@ -129,8 +129,7 @@ def _us(config: tiles.Config, step: Any, sizes: tuple[int, int, int, int]) -> fl
     us = rounds * steps * (step[0] + step[1] * config.block_m)
     if config.parts == 1:
         return us
-    alone = 20 if not whole and config.block_m > 128 else 0  # measured, and not understood
-    return us + 3 + alone + last * config.cluster * config.parts * config.block_m / 5000
+    return us + 3 + last * config.cluster * config.parts * config.block_m / 5000
 
 
 def decodes_first(plan: Plan, m: int, device: str = "hopper") -> bool:
