@@ -10,12 +10,14 @@ from .fragments import Plan as Plan
 from .fragments import expand as expand
 from .fragments import expand_in_order as expand_in_order
 from .fragments import load_in_order as load_in_order
+from .fragments import offset_of as offset_of
 from .fragments import plan_of as plan_of
 from .fragments import refusal as refusal
 from .fragments import terms_of as terms_of
 from .layout import ROWS as ROWS
 from .layout import WGMMA as WGMMA
 from .layout import is_whole as is_whole
+from .layout import load_columns as load_columns
 from .layout import load_table as load_table
 from .layout import mma as mma
 from .layout import permute_columns as permute_columns

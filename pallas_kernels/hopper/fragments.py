@@ -129,6 +129,11 @@ def magic_bits(dtype: Any) -> int:
     return int(np.asarray(MAGIC[jnp.dtype(dtype).name], dtype).view(np.uint16))
 
 
+def offset_of(plan: Plan, dtype: Any) -> int:
+    """What `expand` without terms gives over the code, where there is a table of zeros."""
+    return -128 if plan.bits == 8 and dtype == jnp.bfloat16 else MAGIC[jnp.dtype(dtype).name]
+
+
 def terms_of(plan: Plan, tables: Sequence[jax.Array], dtype: Any) -> tuple[jax.Array, ...]:
     """What `expand` wants of a piece's table entries: scale, scale and mean, or base, scale and rest.
 
@@ -141,8 +146,7 @@ def terms_of(plan: Plan, tables: Sequence[jax.Array], dtype: Any) -> tuple[jax.A
     zero = tables[1].astype(jnp.float32)
     base = jnp.round(zero)
     rest = (base - zero) * scale
-    shift = 128 if plan.bits == 8 and dtype == jnp.bfloat16 else -MAGIC[jnp.dtype(dtype).name]
-    return tuple(t.astype(dtype) for t in (base - shift, scale, rest))
+    return tuple(t.astype(dtype) for t in (base + offset_of(plan, dtype), scale, rest))
 
 
 def expand(
@@ -160,7 +164,8 @@ def expand(
     Args:
       codes: a tile ``uint8[64, row_bytes]`` of each stream in shared memory.
       half: which 64 bytes.
-      terms: for each piece `terms_of` its tables, or () for codes less `middle`, unscaled.
+      terms: for each piece `terms_of` its tables, or () for codes less `middle`, unscaled; where there is a table of
+        zeros those are codes and `offset_of`.
     """
     if interpret:
         return _expanded([ref[...] for ref in codes], half, terms, plan, dtype)
@@ -357,7 +362,7 @@ class _Ints(_Maker):
         return self.sub(a, b)
 
     def scaled(self, pair: Any, terms: list[Any]) -> Any:
-        if not self.plan.has_zero:
+        if not (self.plan.has_zero and terms):
             return super().scaled(pair, terms)
         base, scale, rest = terms
         return self.fma(self.sub(pair, base), scale, rest)
@@ -465,10 +470,11 @@ def _values(
     fields = plan.fields[piece]
     code = sum(((streams[f.stream] >> f.shift) & (2**f.width - 1)) << f.up for f in fields)
     level = level_of(jnp.asarray(code), plan)
+    if plan.has_zero:
+        level = level + offset_of(plan, dtype)
     if plan.has_zero and columns:
         base, scale, rest = columns
-        shift = 128 if plan.bits == 8 and dtype == jnp.bfloat16 else -MAGIC[dtype.name]
-        level = (level - (base + shift)).astype(dtype).astype(jnp.float32) * scale + rest
+        level = (level - base).astype(dtype).astype(jnp.float32) * scale + rest
     elif columns:
         level = level * columns[0] + (columns[1] if columns[1:] else 0)
     return level.astype(dtype)

@@ -23,7 +23,7 @@ from . import asm
 
 ROWS = 64  # of a fragment
 WGMMA = plgpu.Layout.WGMMA
-ROW = plgpu.Layout.WGMMA.reduce(1)
+ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 SCALAR = plgpu.Layout.WG_SPLAT(())
 
 
@@ -160,27 +160,61 @@ def load_table(
     return load(ref, row, column)
 
 
-def scale_rows(total: jax.Array, x: jax.Array, scale: jax.Array, interpret: bool) -> jax.Array:
-    """``total + x * scale[:, None]`` in float32; `scale` is ``[64]``."""
+def load_columns(ref: Any, first: Any, width: int, interpret: bool) -> jax.Array:
+    """`width` numbers of a flat float32 array in global memory from `first` on, an even number, one for each column."""
     if interpret:
+        return ref[pl.ds(first, width)]
+
+    @asm.inline(
+        arg_types=(plgpu.RefType(), SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((width,), jnp.float32, layout=COLUMN),
+    )
+    def load(ctx, ref, first):
+        f32 = ir.F32Type.get()
+        own = arith.addi(asm.scalar(first), arith.muli(asm.lanes()[2], asm.const(2)))
+        registers = []
+        for octet in range(width // 8):
+            at = arith.extsi(asm.i64(), arith.addi(own, asm.const(8 * octet)))
+            place = asm.at(asm.pointer(ref), at, f32)
+            registers.append(llvm.load(ir.VectorType.get((2,), f32), place, alignment=8))
+        return asm.array(np.array(registers, dtype=object), COLUMN, (width,))
+
+    return load(ref, first)
+
+
+def scale_rows(
+    total: jax.Array, x: jax.Array, scale: jax.Array, interpret: bool, less: Any = ()
+) -> jax.Array:
+    """``total + x * scale[:, None]`` in float32; `scale` is ``[64]``.
+
+    Args:
+      less: ``[64]`` and what `load_columns` gives: their outer product is subtracted from `x`.
+    """
+    if interpret:
+        x = x - less[0][:, None] * less[1][None] if less else x
         return total + x * scale[:, None]
 
     @asm.inline(
-        arg_types=(WGMMA, WGMMA, ROW),
+        arg_types=(WGMMA, WGMMA, ROW, [ROW, COLUMN] if less else []),
         return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=WGMMA),
     )
-    def run(ctx, total, x, scale):
+    def run(ctx, total, x, scale, less):
         fast: dict[str, Any] = {"fastmath": arith.FastMathFlags.contract}
-        scales = [vector.shuffle(v, v, [0, 0]) for v in scale.registers.flat]
+        spread = lambda rows: [vector.shuffle(v, v, [0, 0]) for v in rows.registers.flat]
+        scales, zeros = spread(scale), [arith.negf(v) for v in spread(less[0])] if less else []
+        columns = list(less[1].registers.flat) if less else []
         old, new = total.registers.reshape(-1, 2), x.registers.reshape(-1, 2)
         out = np.empty_like(old)
         for i in range(len(old)):
             for half in range(2):
-                product = arith.mulf(new[i, half], scales[half], **fast)
+                own = new[i, half]
+                if less:
+                    own = arith.addf(arith.mulf(zeros[half], columns[i], **fast), own, **fast)
+                product = arith.mulf(own, scales[half], **fast)
                 out[i, half] = arith.addf(old[i, half], product, **fast)
         return asm.array(out, WGMMA, tuple(total.shape))
 
-    return run(total, x, scale)
+    return run(total, x, scale, list(less))
 
 
 def store_transposed(

@@ -100,12 +100,36 @@ class _Problem(Problem):
         return hopper.is_whole(self.group, self.piece, self.config.row_bytes, self.n_groups)
 
     @property
+    def unit(self) -> int:
+        """Columns of a piece that are summed up before scales come."""
+        return self.config.row_bytes if self.whole else 64
+
+    @property
     def scales_sums(self) -> bool:
-        """Whether sums over a stage are scaled, not the weights: fewer operations for few sums, and more exact."""
-        return self.config.block_m <= 16 and self.whole and not self.plan.has_zero
+        """Whether sums over a unit are scaled, not the weights: fewer operations for few sums, and more exact."""
+        in_groups = self.group % 64 == 0 and self.piece % 64 == 0
+        return self.config.block_m <= 16 and (self.whole or in_groups)
+
+    @property
+    def units(self) -> int:
+        """Of a piece of x, with those past its end that stages reach."""
+        c = self.config
+        return self.mine * c.split * c.grid_k * c.row_bytes // self.unit
+
+    def unit_sums(self, x: jax.Array) -> jax.Array:
+        """Sums of x over each unit, flat: ``f32[B, pieces, units, M]``, M in whole blocks.
+
+        ``sum((code - zero) * x) = sum((code + offset) * x) - (zero + offset) * sum(x)``: zeros cost nothing a code.
+        """
+        rows = -x.shape[1] % self.config.block_m
+        x = jnp.pad(x, ((0, 0), (0, rows), (0, self.units * self.unit - x.shape[2])))
+        sums = x.reshape(*x.shape[:2], self.units, self.unit).astype(jnp.float32).sum(-1)
+        return sums.swapaxes(1, 2).reshape(-1)
 
     def __call__(self, x: jax.Array, codes: jax.Array, tables: list[jax.Array]) -> jax.Array:
         c = self.config
+        if self.scales_sums and self.plan.has_zero:
+            tables = [*tables, self.unit_sums(x)]
         rows_m, splits = pl.cdiv(self.m, c.block_m), self.batch * c.grid_k
         out_m = self.m
         if self.interpret:  # the interpreter does not read or write outside of an array
@@ -278,19 +302,40 @@ class _Warpgroup:
 
     def entries(self, i: Any) -> list[list[jax.Array]]:
         """Table entries of a stage, piece by piece."""
-        p, c = self.p, self.c
-        row = self.entry * p.n + self.column + self.sub * ROWS
-        start = (self.first + i) * c.row_bytes
-        load = lambda table, at: hopper.load_table(
-            table, p.n_groups, row, at, p.group, p.whole, self.interpret
-        )
+        start = (self.first + i) * self.c.row_bytes
         return [
-            [load(table, piece * p.piece + start) for table in self.tables]
+            self.loaded(piece * self.p.piece + start, self.p.whole)
             for piece in range(self.body.plan.pieces)
         ]
 
-    def multiply(self, i: Any, terms: Any, accumulators: Sequence[Any]) -> None:
-        """Adds a stage to the accumulators of its pieces."""
+    def loaded(self, column: Any, whole: bool) -> list[jax.Array]:
+        """What the tables have for 64 rows and the columns from one on."""
+        p, row = self.p, self.entry * self.p.n + self.column + self.sub * ROWS
+        return [
+            hopper.load_table(table, p.n_groups, row, column, p.group, whole, self.interpret)
+            for table in self.tables[: p.plan.terms]
+        ]
+
+    def unit_entries(self, i: Any) -> list[list[Any]]:
+        """Table entries of a stage, and the sums of x where there are, unit by unit and for each piece."""
+        p, pieces = self.p, range(self.body.plan.pieces)
+        out = []
+        for u in range(self.c.row_bytes // p.unit):
+            start = (self.first + i) * self.c.row_bytes + u * p.unit
+            own = [self.loaded(piece * p.piece + start, True) for piece in pieces]
+            if p.plan.has_zero:
+                width = pl.cdiv(p.m, self.c.block_m) * self.c.block_m
+                unit = jnp.minimum(start // p.unit, p.units - 1)  # the next stage may be none
+                at = [(self.entry * len(pieces) + j) * p.units + unit for j in pieces]
+                load = lambda at, width=width: hopper.load_columns(
+                    self.tables[-1], at * width + self.row, self.c.block_m, self.interpret
+                )
+                own = [[*entry, load(a)] for entry, a in zip(own, at)]
+            out.append(own)
+        return out
+
+    def multiply(self, i: Any, terms: Any, accumulators: Sequence[Sequence[Any]]) -> None:
+        """Adds a stage to the accumulators of its units and pieces."""
         p, c, plan = self.p, self.c, self.body.plan
         slot = lax.rem(i, c.stages)
         plgpu.barrier_wait(self.barrier("full", slot))
@@ -305,7 +350,8 @@ class _Warpgroup:
             for piece, a in enumerate(made):
                 columns = pl.ds(64 * half, 64)
                 b = self.scratch["x"].at[self.part, slot, piece, :, columns].T
-                hopper.mma(accumulators[piece], a, b, staged)
+                own = accumulators[64 * half * len(accumulators) // c.row_bytes]
+                hopper.mma(own[piece], a, b, staged)
 
     def product(self) -> jax.Array:
         """Scaled weights times x, in one accumulator."""
@@ -316,7 +362,7 @@ class _Warpgroup:
             def step(i: Any, now: Any) -> Any:
                 later = self.entries(i + 1)
                 terms = [hopper.terms_of(plan, entries, p.dtype) for entries in now]
-                self.multiply(i, terms, [acc] * plan.pieces)
+                self.multiply(i, terms, [[acc] * plan.pieces])
                 plgpu.wgmma_wait(0)
                 self.release(i)
                 return later
@@ -327,29 +373,35 @@ class _Warpgroup:
         return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, c.block_m), jnp.float32))
 
     def sums(self) -> jax.Array:
-        """Sums of each stage and piece, scaled and added in registers."""
+        """Sums of each unit and piece, scaled and added in registers."""
         p, c, plan = self.p, self.c, self.body.plan
-        shape = (ROWS, c.block_m)
+        shape, units = (ROWS, c.block_m), range(c.row_bytes // p.unit)
         self.start()
 
         def step(i: Any, carry: Any) -> Any:
             now, total = carry
-            later = self.entries(i + 1)
+            later = self.unit_entries(i + 1)
 
-            def scope(*accumulators: Any) -> list[jax.Array]:
+            def scope(*flat: Any) -> list[jax.Array]:
+                accumulators = [flat[u * plan.pieces :][: plan.pieces] for u in units]
                 self.multiply(i, [()] * plan.pieces, accumulators)
-                return [acc[...] for acc in accumulators]
+                return [acc[...] for acc in flat]
 
-            found = pl.run_scoped(
-                scope, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * plan.pieces
-            )
+            kind = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
+            found = pl.run_scoped(scope, *[kind] * (plan.pieces * len(units)))
             self.release(i)
-            for x, (scale,) in zip(found, now):
-                total = hopper.scale_rows(total, x, scale.astype(jnp.float32), self.interpret)
+            for x, (scale, *zero) in zip(found, sum(now, [])):
+                less = [zero[0].astype(jnp.float32) + self.offset, zero[1]] if zero else []
+                scale = scale.astype(jnp.float32)
+                total = hopper.scale_rows(total, x, scale, self.interpret, less)
             return later, total
 
         zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-        return lax.fori_loop(0, p.mine, step, (self.entries(jnp.int32(0)), zeros))[1]
+        return lax.fori_loop(0, p.mine, step, (self.unit_entries(jnp.int32(0)), zeros))[1]
+
+    @property
+    def offset(self) -> float:
+        return float(hopper.offset_of(self.body.plan, self.p.dtype))
 
     def finish(self, total: jax.Array, row: Any) -> None:
         """Adds what the warpgroups with other parts of K have, and writes the tile to rows from `row` on."""

@@ -21,6 +21,8 @@ CASES = {
     "int4, zeros": ("int4-g64", 3, 256, 72, Config(split=1), "bfloat16"),
 }
 SLOW = {
+    "int4, units of a stage": ("int4-g64-sym", 9, 512, 64, Config(16), "float16"),
+    "int8, zeros of units": ("int8-g64-asym", 3, 384, 64, Config(split=1), "bfloat16"),
     "int4, a channel": ("int4-sym", 9, 512, 64, Config(16), "float16"),
     "int4, small groups": ("int4-g32", 20, 384, 128, Config(16, rows=2, split=1), "bfloat16"),
     "int4, K over blocks": ("int4-g32-sym", 7, 512, 64, Config(split=1, row_bytes=64, grid_k=2), "bfloat16"),
