@@ -14,13 +14,16 @@ from .fragments import offset_of as offset_of
 from .fragments import plan_of as plan_of
 from .fragments import refusal as refusal
 from .fragments import terms_of as terms_of
+from .layout import AHEAD as AHEAD
 from .layout import ROWS as ROWS
 from .layout import WGMMA as WGMMA
 from .layout import is_whole as is_whole
+from .layout import load_ahead as load_ahead
 from .layout import load_columns as load_columns
 from .layout import load_table as load_table
 from .layout import mma as mma
 from .layout import permute_columns as permute_columns
+from .layout import pick as pick
 from .layout import scale_rows as scale_rows
 from .layout import settled as settled
 from .layout import store_transposed as store_transposed

@@ -158,6 +158,7 @@ def expand(
     dtype: Any,
     row_bytes: int,
     interpret: bool,
+    pieces: range | None = None,
 ) -> list[jax.Array]:
     """64 bytes of every stream as A operands ``[64, 64]``, one for each piece, columns as `permute_columns` has them.
 
@@ -166,23 +167,25 @@ def expand(
       half: which 64 bytes.
       terms: for each piece `terms_of` its tables, or () for codes less `middle`, unscaled; where there is a table of
         zeros those are codes and `offset_of`.
+      pieces: which, None for all; each takes 16 registers.
     """
+    pieces = range(plan.pieces) if pieces is None else pieces
     if interpret:
-        return _expanded([ref[...] for ref in codes], half, terms, plan, dtype)
+        return _expanded([ref[...] for ref in codes], half, terms, plan, dtype, pieces)
     flat, tree = jax.tree.flatten(list(map(tuple, terms)))
     layouts = [ROW if t.ndim == 1 else WGMMA for t in flat]
     ref = plgpu.RefType(tiled(jnp.uint8, row_bytes))
 
     @asm.inline(
         arg_types=([ref] * plan.streams, layouts),
-        return_type=[plgpu.ShapeDtypeStruct((ROWS, 64), dtype, layout=WGMMA)] * plan.pieces,
+        return_type=[plgpu.ShapeDtypeStruct((ROWS, 64), dtype, layout=WGMMA)] * len(pieces),
     )
     def run(ctx, refs, flat):
         words = _load_words(refs, half, row_bytes)
         pick = lambda v: asm.doubled(v, 0 if ir.VectorType(v.type).shape[0] == 1 else half)
         pairs = [[pick(v) for v in t.registers.flat] for t in flat]
         maker = MAKERS[plan.kind](plan, jnp.dtype(dtype))
-        registers = maker(words, jax.tree.unflatten(tree, pairs))
+        registers = maker(words, jax.tree.unflatten(tree, pairs), pieces)
         return [asm.array(r, WGMMA, (ROWS, 64)) for r in registers]
 
     return run(list(codes), flat)
@@ -298,15 +301,15 @@ class _Maker:
         element = ir.BF16Type.get() if dtype == jnp.bfloat16 else ir.F16Type.get()
         self.vector = ir.VectorType.get((2,), element)
 
-    def __call__(self, words: Any, terms: Any) -> list[np.ndarray]:
-        out = [np.empty((8, 2), dtype=object) for _ in range(self.plan.pieces)]
+    def __call__(self, words: Any, terms: Any, pieces: range) -> list[np.ndarray]:
+        out = [np.empty((8, 2), dtype=object) for _ in pieces]
         for r in range(2):
             for t in range(4):
-                mine = [stream[r][t] for stream in words]
-                for piece, pairs in enumerate(self.pairs(mine)):
-                    for o, pair in enumerate(pairs):
-                        own = [term[r] for term in terms[piece]]
-                        out[piece][2 * t + o, r] = asm.bits(self.scaled(pair, own), self.vector)
+                pairs = self.pairs([stream[r][t] for stream in words])
+                for piece, registers in zip(pieces, out):
+                    own = [term[r] for term in terms[piece]]
+                    for o, pair in enumerate(pairs[piece]):
+                        registers[2 * t + o, r] = asm.bits(self.scaled(pair, own), self.vector)
         return out
 
     def pairs(self, words: list[Any]) -> list[list[Any]]:
@@ -428,7 +431,7 @@ MAKERS = {"int": _Ints, "odd": _Odd, "float": _Floats, "levels": _Levels}
 
 
 def _expanded(
-    codes: list[jax.Array], half: int, terms: Any, plan: Plan, dtype: Any
+    codes: list[jax.Array], half: int, terms: Any, plan: Plan, dtype: Any, pieces: range
 ) -> list[jax.Array]:
     """`expand` in plain jnp."""
     start = 64 * half
@@ -444,8 +447,8 @@ def _expanded(
         return jnp.broadcast_to(own, (ROWS, 4, 2, 4, 2)).reshape(ROWS, 64)
 
     streams, out = [ordered(c).astype(jnp.int32) for c in codes], []
-    for piece, own in enumerate(terms):
-        out.append(_values(streams, piece, [column(t) for t in own], plan, dtype))
+    for piece in pieces:
+        out.append(_values(streams, piece, [column(t) for t in terms[piece]], plan, dtype))
     return out
 
 

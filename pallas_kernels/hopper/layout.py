@@ -160,10 +160,74 @@ def load_table(
     return load(ref, row, column)
 
 
-def load_columns(ref: Any, first: Any, width: int, interpret: bool) -> jax.Array:
-    """`width` numbers of a flat float32 array in global memory from `first` on, an even number, one for each column."""
+AHEAD = 8  # entries of a row that `load_ahead` takes
+
+
+def load_ahead(
+    ref: Any, n_groups: int, row: Any, column: Any, unit: int, group: int, interpret: bool
+) -> jax.Array:
+    """What a table ``[N, n_groups]`` has for 64 rows and the next eight units of columns: ``[64, 8]``, for `pick`.
+
+    The four threads of a row take two of them each: a load that every thread makes costs as much for one as for four.
+    """
+    index = lambda c: jnp.minimum(c // group, n_groups - 1)
     if interpret:
-        return ref[pl.ds(first, width)]
+        rows = ref[pl.ds(row, ROWS), :].reshape(ROWS, n_groups)
+        columns = [index(column + unit * i) for i in range(AHEAD)]
+        return jnp.stack([jnp.take(rows, c, axis=1) for c in columns], 1)
+
+    @asm.inline(
+        arg_types=(plgpu.RefType(), SCALAR, SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((ROWS, AHEAD), ref.dtype, layout=WGMMA),
+    )
+    def load(ctx, ref, row, column):
+        element, pointer = asm.element(ref), asm.pointer(ref)
+        warp, g, q = asm.lanes()
+        own = arith.addi(asm.scalar(column), arith.muli(q, asm.const(2 * unit)))
+        columns = [own, arith.addi(own, asm.const(unit))]
+        last = asm.const(n_groups - 1)
+        entries = [arith.minui(arith.divui(c, asm.const(group)), last) for c in columns]
+        first = arith.addi(asm.scalar(row), asm.first_row(warp, g))
+        start = arith.extsi(asm.i64(), arith.muli(first, asm.const(n_groups)))
+        registers, pair = [], ir.VectorType.get((2,), element)
+        for half in range(2):
+            base = arith.addi(start, asm.const64(8 * half * n_groups))
+            found = [arith.addi(base, arith.extsi(asm.i64(), e)) for e in entries]
+            loaded = [llvm.load(element, asm.at(pointer, i, element)) for i in found]
+            registers.append(vector.from_elements(pair, loaded))
+        return asm.array(np.array(registers, dtype=object), WGMMA, (ROWS, AHEAD))
+
+    return load(ref, row, column)
+
+
+def pick(entries: jax.Array, i: Any, interpret: bool) -> jax.Array:
+    """Column `i` of what `load_ahead` gives, ``f32[64]``."""
+    if interpret:
+        return jnp.take(entries, i, axis=1).astype(jnp.float32)
+
+    @asm.inline(
+        arg_types=(WGMMA, SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=ROW),
+    )
+    def run(ctx, entries, i):
+        i, lane = asm.scalar(i), arith.index_cast(asm.i32(), asm.thread())
+        source = arith.addi(arith.andi(lane, asm.const(28)), arith.shrui(i, asm.const(1)))
+        odd = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(i, asm.const(1)), asm.const(0))
+        f32, out = ir.F32Type.get(), []
+        for x in entries.registers.flat:
+            x = arith.select(odd, asm.extract(x, 1), asm.extract(x, 0))
+            x = x if x.type == f32 else arith.extf(f32, x)
+            word = asm.word("shfl.sync.idx.b32 $0, $1, $2, 31, -1;", asm.bits(x, asm.i32()), source)
+            out.append(vector.from_elements(ir.VectorType.get((1,), f32), [asm.bits(word, f32)]))
+        return asm.array(np.array(out, dtype=object), ROW, (ROWS,))
+
+    return run(entries, i)
+
+
+def load_columns(ref: Any, first: Any, stride: int, width: int, interpret: bool) -> jax.Array:
+    """``ref[first + stride * i]`` for `width` columns i of a flat float32 array in global memory: for `scale_rows`."""
+    if interpret:
+        return ref[...][first + stride * jnp.arange(width)]
 
     @asm.inline(
         arg_types=(plgpu.RefType(), SCALAR),
@@ -171,12 +235,13 @@ def load_columns(ref: Any, first: Any, width: int, interpret: bool) -> jax.Array
     )
     def load(ctx, ref, first):
         f32 = ir.F32Type.get()
-        own = arith.addi(asm.scalar(first), arith.muli(asm.lanes()[2], asm.const(2)))
-        registers = []
+        own = arith.muli(asm.lanes()[2], asm.const(2 * stride))
+        own, registers = arith.addi(asm.scalar(first), own), []
         for octet in range(width // 8):
-            at = arith.extsi(asm.i64(), arith.addi(own, asm.const(8 * octet)))
-            place = asm.at(asm.pointer(ref), at, f32)
-            registers.append(llvm.load(ir.VectorType.get((2,), f32), place, alignment=8))
+            at = [arith.addi(own, asm.const((8 * octet + e) * stride)) for e in range(2)]
+            place = [asm.at(asm.pointer(ref), arith.extsi(asm.i64(), i), f32) for i in at]
+            pair = ir.VectorType.get((2,), f32)
+            registers.append(vector.from_elements(pair, [llvm.load(f32, p) for p in place]))
         return asm.array(np.array(registers, dtype=object), COLUMN, (width,))
 
     return load(ref, first)

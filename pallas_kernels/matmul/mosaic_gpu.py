@@ -35,6 +35,8 @@ class Config:
       stages: of the ring.
       row_bytes: bytes of codes that a stage takes of a row: 64 or 128.
       grid_k: blocks that take a part of K each.
+      in_flight: operands of 16 registers each that are multiplied at once: with 128 registers a thread at most, a
+        multiprocessor holds two blocks.
     """
 
     block_m: int = 8
@@ -43,6 +45,7 @@ class Config:
     stages: int = 2
     row_bytes: int = 128
     grid_k: int = 1
+    in_flight: int = 8
 
 
 def refusal(x: jax.Array, w: Packed) -> str:
@@ -105,6 +108,10 @@ class _Problem(Problem):
         return self.config.row_bytes if self.whole else 64
 
     @property
+    def stage_units(self) -> int:
+        return self.config.row_bytes // self.unit
+
+    @property
     def scales_sums(self) -> bool:
         """Whether sums over a unit are scaled, not the weights: fewer operations for few sums, and more exact."""
         in_groups = self.group % 64 == 0 and self.piece % 64 == 0
@@ -114,17 +121,17 @@ class _Problem(Problem):
     def units(self) -> int:
         """Of a piece of x, with those past its end that stages reach."""
         c = self.config
-        return self.mine * c.split * c.grid_k * c.row_bytes // self.unit
+        return self.mine * c.split * c.grid_k * self.stage_units
 
     def unit_sums(self, x: jax.Array) -> jax.Array:
-        """Sums of x over each unit, flat: ``f32[B, pieces, units, M]``, M in whole blocks.
+        """Sums of x over each unit, flat: ``f32[B, pieces, M, units]``, M in whole blocks.
 
         ``sum((code - zero) * x) = sum((code + offset) * x) - (zero + offset) * sum(x)``: zeros cost nothing a code.
         """
         rows = -x.shape[1] % self.config.block_m
         x = jnp.pad(x, ((0, 0), (0, rows), (0, self.units * self.unit - x.shape[2])))
         sums = x.reshape(*x.shape[:2], self.units, self.unit).astype(jnp.float32).sum(-1)
-        return sums.swapaxes(1, 2).reshape(-1)
+        return sums.reshape(-1)
 
     def __call__(self, x: jax.Array, codes: jax.Array, tables: list[jax.Array]) -> jax.Array:
         c = self.config
@@ -300,38 +307,51 @@ class _Warpgroup:
 
     # a stage
 
+    @property
+    def table_row(self) -> Any:
+        return self.entry * self.p.n + self.column + self.sub * ROWS
+
     def entries(self, i: Any) -> list[list[jax.Array]]:
         """Table entries of a stage, piece by piece."""
-        start = (self.first + i) * self.c.row_bytes
+        p, c = self.p, self.c
+        start = (self.first + i) * c.row_bytes
+        load = lambda table, at: hopper.load_table(
+            table, p.n_groups, self.table_row, at, p.group, p.whole, self.interpret
+        )
         return [
-            self.loaded(piece * self.p.piece + start, self.p.whole)
+            [load(table, piece * p.piece + start) for table in self.tables]
             for piece in range(self.body.plan.pieces)
         ]
 
-    def loaded(self, column: Any, whole: bool) -> list[jax.Array]:
-        """What the tables have for 64 rows and the columns from one on."""
-        p, row = self.p, self.entry * self.p.n + self.column + self.sub * ROWS
+    def entries_ahead(self, i: Any) -> list[list[jax.Array]]:
+        """Table entries of the next units from a stage on, piece by piece."""
+        p, start = self.p, (self.first + i) * self.c.row_bytes
+        load = lambda table, at: hopper.load_ahead(
+            table, p.n_groups, self.table_row, at, p.unit, p.group, self.interpret
+        )
         return [
-            hopper.load_table(table, p.n_groups, row, column, p.group, whole, self.interpret)
-            for table in self.tables[: p.plan.terms]
+            [load(table, piece * p.piece + start) for table in self.tables[: p.plan.terms]]
+            for piece in range(self.body.plan.pieces)
         ]
 
-    def unit_entries(self, i: Any) -> list[list[Any]]:
-        """Table entries of a stage, and the sums of x where there are, unit by unit and for each piece."""
-        p, pieces = self.p, range(self.body.plan.pieces)
-        out = []
-        for u in range(self.c.row_bytes // p.unit):
-            start = (self.first + i) * self.c.row_bytes + u * p.unit
-            own = [self.loaded(piece * p.piece + start, True) for piece in pieces]
-            if p.plan.has_zero:
-                width = pl.cdiv(p.m, self.c.block_m) * self.c.block_m
-                unit = jnp.minimum(start // p.unit, p.units - 1)  # the next stage may be none
-                at = [(self.entry * len(pieces) + j) * p.units + unit for j in pieces]
-                load = lambda at, width=width: hopper.load_columns(
-                    self.tables[-1], at * width + self.row, self.c.block_m, self.interpret
+    def unit_sums(self, i: Any) -> list[jax.Array]:
+        """Sums of x over the units of a stage, for each unit and piece; none where there are no zeros."""
+        p, pieces = self.p, self.body.plan.pieces
+        if not p.plan.has_zero:
+            return []
+        width, out = pl.cdiv(p.m, self.c.block_m) * self.c.block_m, []
+        for u in range(p.stage_units):
+            unit = jnp.minimum(
+                (self.first + i) * p.stage_units + u, p.units - 1
+            )  # the next may be none
+            for piece in range(pieces):
+                row = (self.entry * pieces + piece) * width + self.row
+                first = row * p.units + unit
+                out.append(
+                    hopper.load_columns(
+                        self.tables[-1], first, p.units, self.c.block_m, self.interpret
+                    )
                 )
-                own = [[*entry, load(a)] for entry, a in zip(own, at)]
-            out.append(own)
         return out
 
     def multiply(self, i: Any, terms: Any, accumulators: Sequence[Sequence[Any]]) -> None:
@@ -342,15 +362,25 @@ class _Warpgroup:
         staged = self.scratch["staged"].at[self.wg] if self.interpret else None
         rows = pl.ds(self.sub * ROWS, ROWS)
         codes = [self.scratch["codes"].at[self.part, slot, s, rows] for s in range(plan.streams)]
-        for half in range(c.row_bytes // 64):
+        batches = [
+            (half, range(first, min(first + c.in_flight, plan.pieces)))
+            for half in range(c.row_bytes // 64)
+            for first in range(0, plan.pieces, c.in_flight)
+        ]
+        flying = 0
+        for half, pieces in batches:
+            if flying + len(pieces) > c.in_flight:
+                plgpu.wgmma_wait(0)
+                flying = 0
+            flying += len(pieces)
             made = hopper.expand(
-                codes, half, terms, plan,
+                codes, half, terms, plan, pieces=pieces,
                 dtype=p.dtype, row_bytes=c.row_bytes, interpret=self.interpret,
             )  # fmt: skip
-            for piece, a in enumerate(made):
+            own = accumulators[64 * half * len(accumulators) // c.row_bytes]
+            for piece, a in zip(pieces, made):
                 columns = pl.ds(64 * half, 64)
                 b = self.scratch["x"].at[self.part, slot, piece, :, columns].T
-                own = accumulators[64 * half * len(accumulators) // c.row_bytes]
                 hopper.mma(own[piece], a, b, staged)
 
     def product(self) -> jax.Array:
@@ -374,30 +404,41 @@ class _Warpgroup:
 
     def sums(self) -> jax.Array:
         """Sums of each unit and piece, scaled and added in registers."""
-        p, c, plan = self.p, self.c, self.body.plan
-        shape, units = (ROWS, c.block_m), range(c.row_bytes // p.unit)
+        p, stages = self.p, hopper.AHEAD // self.p.stage_units
         self.start()
 
-        def step(i: Any, carry: Any) -> Any:
-            now, total = carry
-            later = self.unit_entries(i + 1)
+        def some(o: Any, carry: Any) -> Any:
+            """The stages whose entries are loaded at once."""
+            now, inner = carry
+            later = self.entries_ahead((o + 1) * stages)
+            one = lambda s, state: self.stage_sums(o * stages + s, s, now, *state)
+            return later, lax.fori_loop(0, jnp.minimum(stages, p.mine - o * stages), one, inner)
 
-            def scope(*flat: Any) -> list[jax.Array]:
-                accumulators = [flat[u * plan.pieces :][: plan.pieces] for u in units]
-                self.multiply(i, [()] * plan.pieces, accumulators)
-                return [acc[...] for acc in flat]
+        zeros = jnp.zeros((ROWS, self.c.block_m), jnp.float32)
+        total = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        first = self.entries_ahead(jnp.int32(0)), (self.unit_sums(jnp.int32(0)), total)
+        return lax.fori_loop(0, pl.cdiv(p.mine, stages), some, first)[1][1]
 
-            kind = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-            found = pl.run_scoped(scope, *[kind] * (plan.pieces * len(units)))
-            self.release(i)
-            for x, (scale, *zero) in zip(found, sum(now, [])):
-                less = [zero[0].astype(jnp.float32) + self.offset, zero[1]] if zero else []
-                scale = scale.astype(jnp.float32)
-                total = hopper.scale_rows(total, x, scale, self.interpret, less)
-            return later, total
+    def stage_sums(
+        self, i: Any, s: Any, entries: Any, sums: list[jax.Array], total: jax.Array
+    ) -> tuple[list[jax.Array], jax.Array]:
+        """Adds stage `i`, the s-th of those of `entries`, to `total`; with the sums of x for this and the next one."""
+        pieces, units = self.body.plan.pieces, self.p.stage_units
+        later = self.unit_sums(i + 1)
 
-        zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-        return lax.fori_loop(0, p.mine, step, (self.unit_entries(jnp.int32(0)), zeros))[1]
+        def scope(*flat: Any) -> list[jax.Array]:
+            self.multiply(i, [()] * pieces, [flat[u * pieces :][:pieces] for u in range(units)])
+            return [acc[...] for acc in flat]
+
+        kind = plgpu.WGMMAAccumulatorRef((ROWS, self.c.block_m), jnp.float32)
+        found = pl.run_scoped(scope, *[kind] * (pieces * units))
+        self.release(i)
+        for j, x in enumerate(found):
+            at = s * units + j // pieces
+            scale, *zero = (hopper.pick(t, at, self.interpret) for t in entries[j % pieces])
+            less = [zero[0] + self.offset, sums[j]] if zero else []
+            total = hopper.scale_rows(total, x, scale, self.interpret, less)
+        return later, total
 
     @property
     def offset(self) -> float:
