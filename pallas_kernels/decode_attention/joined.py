@@ -69,13 +69,54 @@ def join(
 
 def attend(q: jax.Array, rows: FullRows, *, scale: float, soft_cap: float | None) -> Sums:
     """Attention of ``[B, N, H]`` to rows in full precision, in float32."""
+    scores = scores_of(q, rows, scale=scale, soft_cap=soft_cap)
+    return sums(rows.values.astype(jnp.float32)[:, :, :, None], scores)
+
+
+def scores_of(q: jax.Array, rows: FullRows, *, scale: float, soft_cap: float | None) -> jax.Array:
+    """Of ``[B, N, H]`` with rows in full precision: ``f32[B, K, E, G]``, -inf where not seen."""
     b, heads, _, h = rows.keys.shape
     x = q.astype(jnp.float32).reshape(b, heads, 1, -1, h) * scale
     scores = (x * rows.keys.astype(jnp.float32)[:, :, :, None]).sum(-1)  # [B, K, E, G]
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(by_head(rows.seen)[..., None], scores, -jnp.inf)
-    return sums(rows.values.astype(jnp.float32)[:, :, :, None], scores)
+    return jnp.where(by_head(rows.seen)[..., None], scores, -jnp.inf)
+
+
+def weights_of(
+    scores: jax.Array,
+    total: jax.Array,
+    q: jax.Array,
+    full: Sequence[FullRows],
+    *,
+    scale: float,
+    soft_cap: float | None,
+) -> tuple[jax.Array, ...]:
+    """The weights of packed rows, and of each of `full`.
+
+    Args:
+      scores: of packed rows, ``f32[B, K, G, S]``; -inf where not seen.
+      total: ``f32[B, N]``, the logarithm of the softmax's denominator.
+
+    Returns:
+      ``f32[B, N, S]``, and ``f32[B, N, E]`` for each of `full`.
+    """
+    base = jnp.where(jnp.isinf(total), 0, total)[..., None]
+    more = (scores_of(q, rows, scale=scale, soft_cap=soft_cap) for rows in full)
+    every = [scores, *(x.swapaxes(2, 3) for x in more)]
+    return tuple(jnp.exp(x.reshape(*total.shape, -1) - base) for x in every)
+
+
+def scores_within(scores: jax.Array, first: jax.Array, stop: jax.Array) -> jax.Array:
+    """Scores ``f32[B, K, G, S]`` as kernels leave them, to base e.
+
+    Args:
+      scores: to base 2; nothing was written outside of first to stop.
+      first, stop: ``int32[B, 1 or K]``.
+    """
+    at = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    inside = (at >= first[..., None]) & (at < stop[..., None])
+    return jnp.where(inside[:, :, None] & (scores > NEVER), scores / LOG2E, -jnp.inf)
 
 
 def sums(values: jax.Array, scores: jax.Array) -> Sums:
