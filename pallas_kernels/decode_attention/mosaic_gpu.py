@@ -40,7 +40,8 @@ class Config:
     Attributes:
       warpgroups: of a block; each has a ring of its own.
       stages: tiles in flight.
-      blocks: at least so many, where there are tokens enough.
+      blocks: at least so many, where there are tokens enough; half as many more where heads have lengths of their own,
+        so that blocks of short heads make room for those of long ones.
     """
 
     warpgroups: int = 2
@@ -88,8 +89,11 @@ def decode_attention(
     x = jnp.pad(x, ((0, 0), (0, width - group), (0, 0)))
     x = k.query(jnp.clip(x, -LARGEST, LARGEST).astype(jnp.float16))
     words = _words(seen, hidden, tokens)
+    config = config or Config()
+    if lengths.ndim == 2:
+        config = dataclasses.replace(config, blocks=config.blocks * 3 // 2)
     problem = _Problem(
-        config or Config(), k, v, heads, heads // keys.heads, tokens, group, width, soft_cap,
+        config, k, v, heads, heads // keys.heads, tokens, group, width, soft_cap,
         0 if words is None else words.shape[1], weights, interpret,
     )  # fmt: skip
     first, stop = _bounds(lengths, tokens, window, seen)
@@ -98,15 +102,13 @@ def decode_attention(
     masks = [] if words is None else [words.reshape(-1, words.shape[2])]
     found = problem(x, bounds, masks, k.arrays(keys), v.arrays(values))
     outs, logs, *scores = (t.reshape(b, heads, *t.shape[1:]) for t in found)
-    rotated, form = (
-        bool(getattr(values.codec, "rotate", False)),
-        {"scale": scale, "soft_cap": soft_cap},
-    )
-    out, total = JOIN(((outs, logs), q, tuple(full)), **form, rotated=rotated)
+    form = {"scale": scale, "soft_cap": soft_cap, "weights": weights}
+    rotated = bool(getattr(values.codec, "rotate", False))
+    out, total, *others = JOIN(((outs, logs), q, tuple(full)), **form, rotated=rotated)
     if not weights:
         return out, total
-    own = joined.scores_within(scores[0], first, stop)
-    return out, total, joined.weights_of(own, total, q, full, **form)
+    own = joined.weights_of(joined.scores_within(scores[0], first, stop), total)
+    return out, total, (own, *others[0])
 
 
 def _bounds(

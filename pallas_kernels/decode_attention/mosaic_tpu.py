@@ -138,7 +138,8 @@ def decode_attention(
     if not weights:
         return out, total
     own = joined.scores_within(scores[0], first[:, None], stop[:, None])
-    return out, total, joined.weights_of(own, total, q, full, scale=scale, soft_cap=soft_cap)
+    others = joined.weights_of_rows(q, full, total, scale=scale, soft_cap=soft_cap)
+    return out, total, (joined.weights_of(own, total), *others)
 
 
 def _bounds(

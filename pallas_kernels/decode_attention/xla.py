@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .joined import Sums, attend, finished, weights_of
+from .joined import Sums, attend, finished, weights_of, weights_of_rows
 from .reference import visible
 from .rows import FullRows, Rows, heads_of
 
@@ -67,7 +67,8 @@ def decode_attention(
     out, total = out.reshape(b, n, h).astype(q.dtype), total.reshape(b, n)
     if not weights:
         return out, total
-    return out, total, weights_of(kept[0], total, q, full, scale=scale, soft_cap=soft_cap)
+    others = weights_of_rows(q, full, total, scale=scale, soft_cap=soft_cap)
+    return out, total, (weights_of(kept[0], total), *others)
 
 
 def block_of(keys: Rows, values: Rows, heads: int) -> int:

@@ -231,8 +231,12 @@ def test_kernel_of_every_form(name):
 
 
 JOINS = {
-    "many rows": ({"parts": 40, "h": 32, "rows": (3, 70, 1)}, {"rotated": True, "soft_cap": None}),
+    "many rows": (
+        {"parts": 40, "h": 32, "rows": (3, 70, 1)},
+        {"rotated": True, "soft_cap": None, "weights": True},
+    ),
     "by head, capped": ({"heads": 2, "rows": (5,)}, {"rotated": False, "soft_cap": 3.0}),
+    "more by matmuls": ({"rows": (3, 20)}, {"rotated": False, "soft_cap": None, "weights": True}),
 }
 
 
@@ -241,6 +245,7 @@ def test_joining_kernel(name, monkeypatch):
     """Also where no part has seen a row, and where tiles do not hold all."""
     shape, options = JOINS[name]
     monkeypatch.setattr(join, "TILE", 1024)
+    monkeypatch.setattr(joined, "MANY", 16 if "matmuls" in name else 512)
     args = parts_and_rows(**shape)
     run = functools.partial(join.kernel, scale=0.2, **options, interpret=True)
     want = joined.join(*args, scale=0.2, **options)
