@@ -1,7 +1,7 @@
 """Decode attention over packed caches against cuDNN in bf16 on a GPU: kernel time, the join of parts included.
 
   python -m stowax.experiments.bench_attention --cases=1x2048,1x8192,1x32768,16x8192
-  python -m stowax.experiments.bench_attention --specs=kv4,kv2,kivi4,kivi2
+  python -m stowax.experiments.bench_attention --specs=kv4,kv2,kivi4,kivi2 --forms=plain,weights,ragged
 
 Expected on one H100, 32 query and 8 KV heads of 128: int4 20.6 us at 1 x 32k (cuDNN 51), 63 at 16 x 8k (175).
 About 3 s for each row; writes out/bench_attention.json and .png.
@@ -30,6 +30,11 @@ SPECS = flags.DEFINE_list(
     "Row codecs, or methods of `kv_methods`: the codecs of their keys and values.",
 )
 HEADS = flags.DEFINE_string("heads", "32x8x128", "Query heads x heads of the cache x elements.")
+FORMS = flags.DEFINE_list(
+    "forms",
+    ["plain"],
+    "plain; weights, which are a result too; ragged: every other head has a tenth of the tokens.",
+)
 OUT = flags.DEFINE_string("out", "out/bench_attention", "Where the JSON and the picture go.")
 
 HEADER = ("cache", "B x S", "us", "of bf16", "TB/s", "error", "path")
@@ -63,7 +68,7 @@ def random_rows(codec: Any, b: int, k: int, s: int, h: int, seed: int) -> Rows:
     return Rows(parts, codec, h)
 
 
-def measure(spec: str, b: int, s: int, base: float) -> dict[str, Any]:
+def measure(spec: str, b: int, s: int, base: float, form: str = "plain") -> dict[str, Any]:
     """One row; `base` is the time of bf16."""
     n, k, h = map(int, HEADS.value.split("x"))
     q, lengths = (
@@ -79,18 +84,20 @@ def measure(spec: str, b: int, s: int, base: float) -> dict[str, Any]:
     else:
         own = codecs(spec)
         one = lambda i: random_rows(own[i % 2], b, k, s, h, i)
-        attend = lambda q, kv: decode_attention(q, kv[0], kv[1], lengths)[0]
+        if form == "ragged":
+            short = jnp.arange(k) % 2 == 1
+            lengths = jnp.where(short, lengths[:, None] // 10, lengths[:, None])
+        attend = lambda q, kv: decode_attention(q, kv[0], kv[1], lengths, weights=form == "weights")
     first: Any = (one(0), one(1))
     nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(first))
     sets = [first] + [(one(2 * i), one(2 * i + 1)) for i in range(1, kernel_timing.copies(nbytes))]
     us = kernel_timing.kernel_us(attend, q, sets)
-    row: dict[str, Any] = {"spec": spec, "b": b, "s": s, "us": us, "of_bf16": us / (base or us)}
-    row["tb_per_s"] = nbytes / us / 1e6
+    name = spec if form == "plain" else f"{spec}, {form}"
+    row: dict[str, Any] = {"spec": name, "b": b, "s": s, "us": us, "of_bf16": us / (base or us)}
+    row["tb_per_s"] = float(lengths.mean()) / s * nbytes / us / 1e6
     if spec != "bf16":
-        want = decode_attention(q, first[0], first[1], lengths, implementation="reference")[
-            0
-        ].astype(jnp.float32)
-        got = jax.jit(attend)(q, first).astype(jnp.float32)
+        want = decode_attention(q, first[0], first[1], lengths, implementation="reference")[0]
+        got, want = (x.astype(jnp.float32) for x in (jax.jit(attend)(q, first)[0], want))
         row["error"] = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
         row["path"] = attention_kernel(q, *first)
     return row
@@ -109,8 +116,9 @@ def main(_: list[str]) -> None:
     for case in CASES.value:
         b, s = map(int, case.split("x"))
         base = measure("bf16", b, s, 0)
-        rows += [base] + [measure(spec, b, s, base["us"]) for spec in SPECS.value]
-        print("\n".join("  ".join(cells(r)) for r in rows[-1 - len(SPECS.value) :]), flush=True)
+        found = [base, *(measure(x, b, s, base["us"], f) for x in SPECS.value for f in FORMS.value)]
+        rows += found
+        print("\n".join("  ".join(cells(r)) for r in found), flush=True)
         write_json(
             Path(OUT.value + ".json"),
             {

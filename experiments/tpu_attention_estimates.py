@@ -97,7 +97,7 @@ def estimate(chip: str, spec: str, b: int, s: int, path: str, dump: str) -> dict
     cost: Any = compiled.cost_analysis()
     is_ours = path == "mosaic_tpu"
     is_known = not is_ours and cost["optimal_seconds"] > 0
-    trips = s // xla.block_of(keys, values) if path == "xla" else 1
+    trips = s // xla.block_of(keys, values, keys.heads) if path == "xla" else 1
     leaves = jax.tree.leaves((keys, values))
     nbytes = lambda xs: sum(x.size * x.dtype.itemsize for x in xs)
     return {

@@ -17,6 +17,7 @@ from .dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
 from .dispatch import attention_kernel as attention_kernel
 from .rows import FullRows as FullRows
 from .rows import Rows as Rows
+from .rows import heads_of
 from .rows import pack_rows as pack_rows
 
 
@@ -32,14 +33,16 @@ def decode_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
     window: int | None = None,
+    weights: bool = False,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Any, ...]:
     """``softmax(scale * q @ keys.T) @ values`` over the first `lengths` tokens of each row of the batch.
 
     Args:
       q: ``[B, N, H]``, float; N a multiple of the cache's K heads. The GPU kernel rounds it to float16.
-      keys, values: packed ``[B, K, S, H]``; see `pack_rows`.
-      lengths: ``int32[B]``: tokens that are there, 0 to S.
+      keys, values: packed ``[B, K, S, H]``; see `pack_rows`. Or ``[B, 1, S, H]``, a pool of rows for K heads; then K is
+        that of `lengths`, `seen` or `full`, and `seen` tells whose a row is.
+      lengths: ``int32[B]``, or ``int32[B, K]`` for heads that hold different numbers: tokens that are there, 0 to S.
       seen: ``bool[B, S]``, or ``bool[B, K, S]``: which of those tokens are attended to; None for all. Any mask that the
         query heads of a cache's head have in common.
       hidden: ``int32[B, E]``: tokens of the packed rows that are not attended to, because `full` has them; -1 or S and
@@ -48,29 +51,35 @@ def decode_attention(
       scale: of the scores; None is ``H ** -0.5``.
       soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``.
       window: only the last `window` tokens of the packed rows are seen.
+      weights: the weights of the softmax are a result too.
       implementation: one of `IMPLEMENTATIONS`, or None for the best that this backend has for these shapes.
 
     Returns:
       The output ``[B, N, H]`` of q's dtype, and the logarithm of the softmax's denominator ``f32[B, N]`` (natural;
       -inf where no token is seen, and there the output is 0): what is needed to join it with attention to other rows.
+      With `weights` a third: a tuple of those of the packed rows ``f32[B, N, S]``, 0 where not seen, and for each of
+      `full` ``f32[B, N, E]``.
 
     Raises:
       ValueError: for shapes that do not fit, or an unknown `implementation`.
       NotImplementedError: where the named implementation can't take these operands, with the reason.
     """
     b, n, h = q.shape
-    want = (b, keys.heads, keys.tokens, h)
-    if keys.shape != want or values.shape != want or n % keys.heads:
+    full = (full,) if isinstance(full, FullRows) else tuple(full)
+    heads = heads_of(keys, lengths, seen, full)
+    stored, want = ((b, k, keys.tokens, h) for k in (keys.heads, heads))
+    if keys.shape != stored or values.shape != stored or n % heads:
         raise ValueError(
             f"`q` {q.shape}, `keys` {keys.shape} and `values` {values.shape} do not fit: expected [B, N, H] and twice "
-            "[B, K, S, H], N a multiple of K"
+            f"[B, K, S, H], N a multiple of K (here {heads})"
         )
-    if lengths.shape != (b,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
-        raise ValueError(f"`lengths` is {lengths.dtype}{list(lengths.shape)}; expected int32[{b}]")
+    if lengths.shape not in ((b,), want[:2]) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"`lengths` is {lengths.dtype}{list(lengths.shape)}; expected int32[{b}] or int32[{b}, {heads}]"
+        )
     _check_seen("seen", seen, want[:3])
     if hidden is not None and (hidden.ndim != 2 or hidden.shape[0] != b):
         raise ValueError(f"`hidden` is {hidden.dtype}{list(hidden.shape)}; expected int32[{b}, E]")
-    full = (full,) if isinstance(full, FullRows) else tuple(full)
     for part in full:
         rows = (*want[:2], part.keys.shape[2], h)
         if part.keys.shape != rows or part.values.shape != rows:
@@ -87,7 +96,12 @@ def decode_attention(
             f"`implementation` is {implementation!r}; expected one of {sorted(IMPLEMENTATIONS)} or None"
         )
     scale = 1 / math.sqrt(h) if scale is None else scale
-    options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "window": window}
+    options: dict[str, Any] = {
+        "scale": scale,
+        "soft_cap": soft_cap,
+        "window": window,
+        "weights": weights,
+    }
     return dispatch.run((q, keys, values, lengths, seen, hidden, full), options, implementation)
 
 

@@ -27,8 +27,8 @@ from . import keys as of_keys
 from . import values as of_values
 from .join import JOIN
 from .joined import LOG2E, NEVER
-from .reference import by_head
-from .rows import FullRows, Rows
+from .reference import by_head, by_row
+from .rows import FullRows, Rows, heads_of
 
 LARGEST = 65504.0  # of float16
 
@@ -40,7 +40,8 @@ class Config:
     Attributes:
       warpgroups: of a block; each has a ring of its own.
       stages: tiles in flight.
-      blocks: at least so many, where there are tokens enough.
+      blocks: at least so many, where there are tokens enough; half as many more where heads have lengths of their own,
+        so that blocks of short heads make room for those of long ones.
     """
 
     warpgroups: int = 2
@@ -48,14 +49,14 @@ class Config:
     blocks: int = 264
 
 
-def refusal(q: Any, keys: Rows, values: Rows) -> str:
+def refusal(q: Any, keys: Rows, values: Rows, heads: int) -> str:
     """Why this kernel can't take them; "" where it can."""
     if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"q is {q.dtype}, not bfloat16, float16 or float32"
     if keys.tokens % ROWS:
         return f"S = {keys.tokens} is no multiple of {ROWS}"
-    if q.shape[1] // keys.heads > 64:
-        return f"{q.shape[1] // keys.heads} query heads share a head of the cache"
+    if q.shape[1] // heads > 64:
+        return f"{q.shape[1] // heads} query heads share a head of the cache"
     reasons = ("keys", of_keys.refusal(keys)), ("values", of_values.refusal(values))
     return next((f"{name}: {reason}" for name, reason in reasons if reason), "")
 
@@ -72,12 +73,13 @@ def decode_attention(
     scale: float,
     soft_cap: float | None,
     window: int | None,
+    weights: bool = False,
     config: Config | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Any, ...]:
     """See `decode_attention`."""
     b, n, h = q.shape
-    heads, tokens = keys.heads, keys.tokens
+    heads, tokens = heads_of(keys, lengths, seen, full), keys.tokens
     group = n // heads
     k, v = of_keys.keys_of(keys), of_values.Values.of(values)
     x = q.astype(jnp.float32)
@@ -87,25 +89,33 @@ def decode_attention(
     x = jnp.pad(x, ((0, 0), (0, width - group), (0, 0)))
     x = k.query(jnp.clip(x, -LARGEST, LARGEST).astype(jnp.float16))
     words = _words(seen, hidden, tokens)
+    config = config or Config()
+    if lengths.ndim == 2:
+        config = dataclasses.replace(config, blocks=config.blocks * 3 // 2)
     problem = _Problem(
-        config or Config(), k, v, heads, tokens, group, width, soft_cap,
-        0 if words is None else words.shape[1], interpret,
+        config, k, v, heads, heads // keys.heads, tokens, group, width, soft_cap,
+        0 if words is None else words.shape[1], weights, interpret,
     )  # fmt: skip
     first, stop = _bounds(lengths, tokens, window, seen)
     bounds = jnp.stack(jnp.broadcast_arrays(first, stop), axis=-1)
     bounds = jnp.broadcast_to(bounds, (b, heads, 2)).reshape(-1, 2)
     masks = [] if words is None else [words.reshape(-1, words.shape[2])]
-    parts = problem(x, bounds, masks, k.arrays(keys), v.arrays(values))
-    parts = tuple(t.reshape(b, heads, *t.shape[1:]) for t in parts)
+    found = problem(x, bounds, masks, k.arrays(keys), v.arrays(values))
+    outs, logs, *scores = (t.reshape(b, heads, *t.shape[1:]) for t in found)
+    form = {"scale": scale, "soft_cap": soft_cap, "weights": weights}
     rotated = bool(getattr(values.codec, "rotate", False))
-    return JOIN((parts, q, tuple(full)), scale=scale, soft_cap=soft_cap, rotated=rotated)
+    out, total, *others = JOIN(((outs, logs), q, tuple(full)), **form, rotated=rotated)
+    if not weights:
+        return out, total
+    own = joined.weights_of(joined.scores_within(scores[0], first, stop), total)
+    return out, total, (own, *others[0])
 
 
 def _bounds(
     lengths: jax.Array, tokens: int, window: int | None, seen: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """The first token that is seen and the end of those: ``int32[B, 1 or K]``."""
-    stop = jnp.clip(lengths.astype(jnp.int32), 0, tokens)[:, None]
+    stop = jnp.clip(by_row(lengths).astype(jnp.int32), 0, tokens)
     first = jnp.zeros_like(stop) if window is None else jnp.maximum(stop - window, 0)
     if seen is None:
         return first, stop
@@ -136,15 +146,27 @@ def _words(seen: jax.Array | None, hidden: jax.Array | None, tokens: int) -> jax
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
+    """Static facts of a call.
+
+    Attributes:
+      heads: of the cache.
+      share: heads that have one head's packed rows in common.
+      group, width: query heads of a head of the cache, and columns for them.
+      masks: heads that masks are for; 0 for no masks.
+      weights: scores are a result.
+    """
+
     config: Config
     keys: of_keys.TokenKeys | of_keys.ChannelKeys
     values: of_values.Values
     heads: int
+    share: int
     tokens: int
     group: int
     width: int
     soft_cap: float | None
     masks: int
+    weights: bool
     interpret: bool
 
     def parts(self, rows: int) -> int:
@@ -160,7 +182,8 @@ class _Problem:
         masks: list[jax.Array],
         keys: list[jax.Array],
         values: list[jax.Array],
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, ...]:
+        """Parts ``f32[B K, P, G, H]`` and the logarithms of their denominators; scores ``f32[B K, G, S]``."""
         c, rows = self.config, bounds.shape[0]
         parts = self.parts(rows)
         wg, ring = c.warpgroups, (c.warpgroups, c.stages)
@@ -186,7 +209,11 @@ class _Problem:
         n, h = parts * wg, self.values.width
         kernel = plgpu.kernel(
             _Body(self, parts, len(masks)),
-            out_type=[f32(rows * n * self.group, h), f32(rows * n * self.group, 1)],
+            out_type=[
+                f32(rows * n * self.group, h),
+                f32(rows * n * self.group, 1),
+                *[f32(rows * self.group, self.tokens)] * self.weights,
+            ],
             grid=(rows, parts),
             grid_names=("head", "part"),
             num_threads=wg,
@@ -197,8 +224,9 @@ class _Problem:
             ),
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
         )  # fmt: skip
-        x, logs = kernel(q, bounds, *masks, *keys, *values)
-        return x.reshape(rows, n, self.group, h), logs.reshape(rows, n, self.group)
+        x, logs, *scores = kernel(q, bounds, *masks, *keys, *values)
+        parts = x.reshape(rows, n, self.group, h), logs.reshape(rows, n, self.group)
+        return *parts, *(s.reshape(rows, self.group, self.tokens) for s in scores)
 
 
 class _Body:
@@ -209,7 +237,9 @@ class _Body:
 
     def __call__(self, *refs: Any, **scratch: Any) -> None:
         p, c, interpret = self.problem, self.problem.config, self.problem.interpret
-        q, bounds, *arrays, out, logs = refs
+        q, bounds, *arrays = refs
+        score_outs = [arrays.pop() for _ in range(p.weights)]
+        *arrays, out, logs = arrays
         masks, arrays = arrays[: self.masks], arrays[self.masks :]
         wg, head, part = (lax.axis_index(a) for a in ("wg", "head", "part"))
         k, v = p.keys, p.values
@@ -228,7 +258,8 @@ class _Body:
 
         slots, n_keys = [*scratch["keys"], *scratch["values"]], len(scratch["keys"])
         ring = hopper.Ring(slots, scratch["full"], wg, c.stages, interpret)
-        fetch = lambda i: ring.fetch(i, arrays, head * (p.tokens // ROWS) + tile(i), i < mine)
+        stored = lax.div(head, p.share) * (p.tokens // ROWS)
+        fetch = lambda i: ring.fetch(i, arrays, stored + tile(i), i < mine)
         ring.start()
         for i in range(c.stages):
             fetch(jnp.int32(i))
@@ -263,6 +294,11 @@ class _Body:
                 inside &= ((word >> (row & 31)) & 1) != 0
             x = jnp.where(inside, x, NEVER)
             found = hopper.over_rows("max", x, scratch["warps"].at[wg], interpret)
+            for ref in score_outs:
+                hopper.store_transposed(
+                    ref, x, head * p.group, tile(i) * ROWS, head * p.group + p.group, interpret,
+                    paired=k.paired, rows=p.group,
+                )  # fmt: skip
             best = jnp.maximum(top, found)
             y = jnp.exp2(x - best).astype(jnp.float16).astype(jnp.float32)
             return best, jnp.exp2(top - best), y

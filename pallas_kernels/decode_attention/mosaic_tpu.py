@@ -66,12 +66,14 @@ def heads_together(heads: int) -> int:
     return heads if heads % HEADS else HEADS
 
 
-def refusal(q: Any, keys: Rows, values: Rows) -> str:
+def refusal(q: Any, keys: Rows, values: Rows, heads: int) -> str:
     """Why this kernel can't take them; "" where it can."""
     if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"q is {q.dtype}, not bfloat16, float16 or float32"
     if keys.tokens % LANES:
         return f"S = {keys.tokens} is no multiple of {LANES}"
+    if heads > keys.heads:
+        return f"one pool of rows for {heads} heads"
     if q.shape[1] // keys.heads > MOST_QUERIES:
         return f"{q.shape[1] // keys.heads} query heads share a head of the cache"
     reasons = (
@@ -93,9 +95,10 @@ def decode_attention(
     scale: float,
     soft_cap: float | None,
     window: int | None,
+    weights: bool = False,
     config: Config | None = None,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Any, ...]:
     """See `decode_attention`. In float32, q and the weights are not rounded to bfloat16.
 
     Args:
@@ -111,23 +114,32 @@ def decode_attention(
     rounding = tpu_rows.Rounding(exact=q.dtype != jnp.bfloat16, by_xla=bool(interpret))
     k, v = tpu_rows.keys_of(keys, rounding), tpu_rows.Values.of(values, rounding)
     together = heads_together(heads)
+    if lengths.ndim == 2:  # heads are looked at together, as far as the longest
+        seen = visible(keys.tokens, lengths, window, seen, None)
+        lengths, window = lengths.max(1), None
     problem = _Problem(
         config or Config.of(together, b * keys.tokens), k, v, together, keys.tokens, x.shape[2],
-        scale, soft_cap, window, interpret,
+        scale, soft_cap, window, weights, interpret,
     )  # fmt: skip
     if hidden is not None and hidden.shape[1]:
         seen = visible(keys.tokens, lengths, None, seen, hidden)
     first, stop = _bounds(lengths, keys.tokens, window, seen)
     masks = [] if seen is None else [by_head(seen).astype(jnp.int8)]
     bounds = jnp.stack([first, stop], axis=-1)
-    out, logs = problem(bounds, masks, k.queries(x), k.arrays(keys), v.arrays(values))
-    out, logs = v.in_order(out[:, :, :group]), logs[:, :, :group, 0]
+    found = problem(bounds, masks, k.queries(x), k.arrays(keys), v.arrays(values))
+    out, logs, *scores = (x[:, :, :group] for x in found)
+    out, logs = v.in_order(out), logs[..., 0]
     if getattr(values.codec, "rotate", False):
         out = hadamard(out)
     if full:
         more = [joined.attend(q, part, scale=scale, soft_cap=soft_cap) for part in full]
         out, logs = joined.finished(joined.Sums(logs, jnp.ones_like(logs), out), *more)
-    return out.reshape(b, n, h).astype(q.dtype), logs.reshape(b, n)
+    out, total = out.reshape(b, n, h).astype(q.dtype), logs.reshape(b, n)
+    if not weights:
+        return out, total
+    own = joined.scores_within(scores[0], first[:, None], stop[:, None])
+    others = joined.weights_of_rows(q, full, total, scale=scale, soft_cap=soft_cap)
+    return out, total, (joined.weights_of(own, total), *others)
 
 
 def _bounds(
@@ -152,6 +164,7 @@ class _Problem:
     Attributes:
       heads: of the cache, in a block.
       queries: Q.
+      weights: scores are a result.
     """
 
     config: Config
@@ -163,6 +176,7 @@ class _Problem:
     scale: float
     soft_cap: float | None
     window: int | None
+    weights: bool
     interpret: Any
 
     @property
@@ -188,8 +202,8 @@ class _Problem:
         q: list[jax.Array],
         keys: list[jax.Array],
         values: list[jax.Array],
-    ) -> tuple[jax.Array, jax.Array]:
-        """``f32[B, K, Q, H]``, and ``f32[B, K, Q, 1]``, the logarithm of the denominator."""
+    ) -> list[jax.Array]:
+        """``f32[B, K, Q, H]``, the logarithms of denominators ``f32[B, K, Q, 1]``, and scores ``f32[B, K, Q, S]``."""
         b, heads = q[0].shape[:2]
         h, f32 = self.values.width, jnp.float32
         cuts = [*self.keys.cuts(), *self.values.cuts()]
@@ -202,11 +216,12 @@ class _Problem:
         ]
         operands = [*q, *map(jnp.asarray, orders), *masks, *keys, *values]
         like = lambda n: jax.ShapeDtypeStruct((b, heads, self.queries, n), f32)
+        scores = (self.heads, self.queries, self.block)
         rows = self.queries * self.values.groups
         scratch = [
             *self.keys.scratch(self.heads, self.block, self.chunk),
             *self.values.scratch(self.heads, self.block, self.chunk),
-            (self.heads, self.queries, self.block),  # scores
+            *[scores] * (not self.weights),
             *[(self.heads, self.queries, LANES)] * 3,  # see `_kernel`
             (self.heads, rows, h),
             *[(self.heads, rows, LANES)] * self.values.has_offsets,
@@ -217,10 +232,14 @@ class _Problem:
                 num_scalar_prefetch=1,
                 grid=(b, heads // self.heads, self.steps),
                 in_specs=specs,
-                out_specs=[self._of_head(like(h)), self._of_head(like(1))],
+                out_specs=[
+                    self._of_head(like(h)),
+                    self._of_head(like(1)),
+                    *[self._of_tokens(like(self.tokens), (2, 1))] * self.weights,
+                ],
                 scratch_shapes=[pltpu.VMEM(shape, f32) for shape in scratch],
             ),
-            out_shape=[like(h), like(1)],
+            out_shape=[like(h), like(1), *[like(self.tokens)] * self.weights],
             compiler_params=pltpu.CompilerParams(
                 vmem_limit_bytes=VMEM_BYTES,
                 dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -234,7 +253,7 @@ class _Problem:
         shape = (None, self.heads, *x.shape[2:])
         return pl.BlockSpec(shape, lambda b, k, j, bounds: (b, k, *[0] * (len(shape) - 2)))
 
-    def _of_tokens(self, x: jax.Array, cut: tpu_rows.Cut, *, whole: bool = False) -> pl.BlockSpec:
+    def _of_tokens(self, x: Any, cut: tpu_rows.Cut, *, whole: bool = False) -> pl.BlockSpec:
         """A block of some heads, or of all of them."""
         axis, tokens = cut
         shape = [None, 1 if whole else self.heads, *x.shape[2:]]
@@ -263,9 +282,9 @@ def _kernel(p: _Problem, n_q: int, n_masks: int, bounds: Any, *refs: Any) -> Non
         some(len(p.values.orders())),
     )
     masks, keys, values = some(n_masks), some(len(p.keys.cuts())), some(len(p.values.cuts()))
-    out, logs = some(2)
+    out, logs, *score_outs = some(2 + p.weights)
     key_tables, value_tables = some(len(keys) - 1), some(len(values) - 1)
-    scores, top, peak, total, sums, *offsets = take
+    scores, top, peak, total, sums, *offsets = [*score_outs, *take]
     b, j = pl.program_id(0), pl.program_id(2)
     low, high = bounds[b, 0], bounds[b, 1]
     begin = (lax.div(low, p.block) + j) * p.block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +68,16 @@ class FullRows(NamedTuple):
     keys: jax.Array
     values: jax.Array
     seen: jax.Array
+
+
+def heads_of(
+    keys: Rows, lengths: jax.Array, seen: jax.Array | None, full: Sequence[FullRows]
+) -> int:
+    """Heads of the cache: those of its packed rows, or of all else where these are one pool for them."""
+    if keys.heads > 1:
+        return keys.heads
+    by_head = [x for x, least in ((lengths, 2), (seen, 3)) if x is not None and x.ndim == least]
+    return max([1, *(x.shape[1] for x in (*by_head, *(part.keys for part in full)))])
 
 
 def pack_rows(x: jax.Array, codec: RowCodec) -> Rows:

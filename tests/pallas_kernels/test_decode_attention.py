@@ -62,36 +62,43 @@ def plain(
     hidden=None,
     full=(),
 ):
-    """In numpy, head by head and row by row."""
+    """In numpy, query by query. The third result is the weights of all rows."""
     q, k, v = (
         np.asarray(x, np.float64)
         for x in (q, jax.jit(Rows.decode)(keys), jax.jit(Rows.decode)(values))
     )
+    heads = full[0].keys.shape[1] if full else keys.heads
+    sizes = sum((part.keys.shape[2] for part in full), keys.tokens)
     out, total = np.zeros(q.shape), np.full(q.shape[:2], -math.inf)
+    weights, at = np.zeros((*q.shape[:2], sizes)), np.arange(keys.tokens)
     for b, n in np.ndindex(*q.shape[:2]):
-        head, stop = n // (q.shape[1] // keys.heads), int(lengths[b])
-        start = 0 if window is None else max(0, stop - window)
-        if not stop and not full:
-            continue
-        rows, more = k[b, head, start:stop], v[b, head, start:stop]
+        head = n // (q.shape[1] // heads)
+        own, stop = head % keys.heads, int(lengths[b] if lengths.ndim == 1 else lengths[b, head])
+        shown = (at < stop) & (at >= (0 if window is None else stop - window))
         if seen is not None:
-            kept = np.array(seen[b, head] if seen.ndim == 3 else seen[b])
-            kept[[i for i in np.asarray(hidden[b]) if 0 <= i < len(kept)]] = False
-            rows, more = (x[kept[start:stop]] for x in (rows, more))
-        for part in full:
-            kept = part.seen[b, head] if part.seen.ndim == 3 else part.seen[b]
-            rows = np.concatenate([rows, part.keys[b, head][kept]])
-            more = np.concatenate([more, part.values[b, head][kept]])
+            shown &= np.asarray(seen[b, head] if seen.ndim == 3 else seen[b])
+            shown[[i for i in np.asarray(hidden[b]) if 0 <= i < len(shown)]] = False
+        of_head = lambda x, b=b, head=head: x[b, head] if x.ndim == 3 else x[b]
+        shown = np.concatenate([shown, *(of_head(part.seen) for part in full)])
+        if not shown.any():
+            continue
+        rows = np.concatenate([k[b, own], *(part.keys[b, head] for part in full)])
         x = rows @ q[b, n] * (q.shape[-1] ** -0.5 if scale is None else scale)
-        x = soft_cap * np.tanh(x / soft_cap) if soft_cap else x
+        x = np.where(shown, soft_cap * np.tanh(x / soft_cap) if soft_cap else x, -math.inf)
         total[b, n] = np.logaddexp.reduce(x)
-        out[b, n] = np.exp(x - total[b, n]) @ more
-    return out, total
+        weights[b, n] = np.exp(x - total[b, n])
+        out[b, n] = weights[b, n] @ np.concatenate([v[b, own], *(p.values[b, head] for p in full)])
+    return out, total, weights
 
 
 def close(got, want, tolerance):
     assert float(jnp.linalg.norm(got[0] - want[0]) / jnp.linalg.norm(want[0])) < tolerance
     np.testing.assert_allclose(got[1], want[1], atol=10 * tolerance)
+    for weights in got[2:]:  # where they were asked for
+        both = (
+            np.concatenate(x, axis=2) if isinstance(x, tuple) else x for x in (weights, want[2])
+        )
+        np.testing.assert_allclose(*both, atol=tolerance)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -108,20 +115,20 @@ def test_codecs(codec, implementation):
 def test_masks_and_lengths(mask, implementation, monkeypatch):
     monkeypatch.setattr(xla, "BLOCK_BYTES", 8 * 2 * 2 * 64 * 32)  # blocks of 32 tokens
     args = operands(CODECS["int4"], CODECS["int4"])
-    for lengths in ([0, 128], [33, 64]):
+    for lengths in ([0, 128], [[33, 64], [128, 7]]):
         run = functools.partial(decode_attention, implementation=implementation, **MASKS[mask])
         lengths = jnp.array(lengths)
         close(jax.jit(run)(*args, lengths), plain(*args, lengths, **MASKS[mask]), 1e-5)
 
 
-@pytest.mark.parametrize("heads", [False, True], ids=["one for all heads", "by head"])
+@pytest.mark.parametrize("heads", ["one for all heads", "by head, a pool"])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_holes_and_rows_in_full(heads, implementation, monkeypatch):
     monkeypatch.setattr(xla, "BLOCK_BYTES", 8 * 2 * 2 * 64 * 32)
-    args = operands(CODECS["int4"], CODECS["int4"])
-    options = masked_rows(heads=heads) | {"window": 70, "soft_cap": 5.0}
+    args = operands(CODECS["int4"], CODECS["int4"], k=1 if "pool" in heads else 2)
+    options = masked_rows(heads="by head" in heads) | {"window": 70, "soft_cap": 5.0}
     lengths = jnp.array([0, 100])
-    run = functools.partial(decode_attention, implementation=implementation)
+    run = functools.partial(decode_attention, implementation=implementation, weights=True)
     got = jax.jit(lambda options: run(*args, lengths, **options, window=70, soft_cap=5.0))(
         {name: options[name] for name in ("seen", "hidden", "full")}
     )
@@ -162,11 +169,19 @@ def kivi(bits, tokens=32):
 
 
 GPU = {
-    "int4, zeros, soft cap": ("int4-g32", 70, {"soft_cap": 3.0, "scale": 0.1}, Config(2, 1, 1), {}),
+    "int4, zeros, soft cap": (
+        "int4-g32",
+        70,
+        {"soft_cap": 3.0, "weights": True},
+        Config(2, 1, 1),
+        {},
+    ),
 }
 GPU_SLOW = {
     "int4, window": ("int4-g64", 256, {"window": 70}, Config(1, 2, 2), {"s": 256}),
-    "int4, holes": ("int4-g64", 250, {"holes": True}, Config(1, 2, 2), {"s": 256}),
+    "int4, holes": ("int4-g64", 250, {"holes": 1, "weights": True}, Config(1, 2, 2), {"s": 256}),
+    "int4, ragged heads": ("int4-g64", [250, 3], {"window": 70, "weights": True}, Config(1, 2, 2), {"s": 256, "k": 2}),
+    "int4, a pool": ("int4-g64", 250, {"holes": 2, "weights": True}, Config(1, 2, 2), {"s": 256}),
     "int4, rotated": ("int4-g64-sym", 128, {}, Config(1, 1, 1), {"n": 20, "rotate": True}),
     "int8": ("int8", 100, {}, Config(1, 1, 1), {}),
     "int8, zeros, half rows": ("int8-g32-asym", 128, {}, Config(1, 1, 1), {"h": 64}),
@@ -176,32 +191,32 @@ GPU_SLOW = {
     "int8, f32 scales": ("int8-g64-f32", 128, {}, Config(1, 1, 1), {}),
     "levels": ("lm4-g32", 128, {}, Config(1, 1, 1), {"rotate": True}),
     "2-bit levels": ("lm2-g32", 128, {}, Config(1, 1, 1), {"h": 256}),
-    "kv4": (KV[4], 250, {"holes": True}, Config(2, 2, 1), {"s": 256}),
+    "kv4": (KV[4], 250, {"holes": 1, "weights": True}, Config(2, 2, 1), {"s": 256}),
     "kv3": ((KV[4][0], KV[2][1]), 100, {}, Config(1, 1, 1), {}),
     "kv2": (KV[2], 250, {"window": 100}, Config(2, 2, 1), {"s": 256}),
-    "kivi2": (kivi(2), 128, {"holes": True}, Config(1, 1, 1), {}),
+    "kivi2": (kivi(2), 128, {"holes": 1, "weights": True}, Config(1, 1, 1), {}),
     "kivi4, heads of 64": (kivi(4), 128, {}, Config(1, 1, 1), {"h": 64}),
     "kivi4, blocks of 64": (kivi(4, 64), 128, {}, Config(1, 1, 1), {}),
     "int8 per channel": ((per_channel("int8", 32), per_token("int8")), 128, {}, Config(1, 1, 1), {}),
 }  # fmt: skip
 
 
-def gpu_operands(codecs, rotate=False, n=2, s=128, h=128, dtype="bfloat16"):
+def gpu_operands(codecs, rotate=False, n=2, k=1, s=128, h=128, dtype="bfloat16"):
     if isinstance(codecs, str):
         codecs = 2 * (per_token(codecs, rotate=rotate),)
-    return operands(*codecs, b=1, n=n, k=1, s=s, h=h, dtype=dtype)
+    return operands(*codecs, b=1, n=n, k=k, s=s, h=h, dtype=dtype)
 
 
 def check_on_gpu(codecs, length, mask, config, changes):
     args = (*gpu_operands(codecs, **changes), jnp.array([length]))
     options = {"scale": 0.09, "soft_cap": None, "window": None} | mask
-    if options.pop("holes", False):
-        options |= masked_rows(1, 1, args[1].tokens, args[0].shape[-1])
+    if heads := options.pop("holes", 0):
+        options |= masked_rows(1, heads, args[1].tokens, args[0].shape[-1])
     run = functools.partial(mosaic_gpu.decode_attention, config=config, interpret=True, **options)
     got = jax.jit(run)(*args)
     want = decode_attention(*args, implementation="reference", **options)
     assert got[0].dtype == args[0].dtype
-    close([x.astype(jnp.float32) for x in got], [x.astype(jnp.float32) for x in want], 1e-2)
+    close(*jax.tree.map(lambda x: x.astype(jnp.float32), (got, want)), 1e-2)
 
 
 @pytest.mark.parametrize("name", GPU)
@@ -216,8 +231,12 @@ def test_kernel_of_every_form(name):
 
 
 JOINS = {
-    "many rows": ({"parts": 40, "h": 32, "rows": (3, 70, 1)}, {"rotated": True, "soft_cap": None}),
+    "many rows": (
+        {"parts": 40, "h": 32, "rows": (3, 70, 1)},
+        {"rotated": True, "soft_cap": None, "weights": True},
+    ),
     "by head, capped": ({"heads": 2, "rows": (5,)}, {"rotated": False, "soft_cap": 3.0}),
+    "more by matmuls": ({"rows": (3, 20)}, {"rotated": False, "soft_cap": None, "weights": True}),
 }
 
 
@@ -226,6 +245,7 @@ def test_joining_kernel(name, monkeypatch):
     """Also where no part has seen a row, and where tiles do not hold all."""
     shape, options = JOINS[name]
     monkeypatch.setattr(join, "TILE", 1024)
+    monkeypatch.setattr(joined, "MANY", 16 if "matmuls" in name else 512)
     args = parts_and_rows(**shape)
     run = functools.partial(join.kernel, scale=0.2, **options, interpret=True)
     want = joined.join(*args, scale=0.2, **options)
@@ -249,7 +269,8 @@ def parts_and_rows(b=1, k=2, parts=6, g=2, h=64, rows=(), heads=1):
 def test_an_exported_program_holds_the_kernel_for_cuda(codecs):
     shapes = jax.eval_shape(lambda: gpu_operands(codecs))
     leaves, tree = jax.tree.flatten((*shapes, jax.ShapeDtypeStruct((1,), jnp.int32)))
-    flat = jax.jit(lambda *x: decode_attention(*jax.tree.unflatten(tree, x)))
+    weights = isinstance(codecs, tuple)
+    flat = jax.jit(lambda *x: decode_attention(*jax.tree.unflatten(tree, x), weights=weights))
     exported = export.export(flat, platforms=("cpu", "cuda"))(*leaves)
     assert "mosaic_gpu" in exported.mlir_module()
     export.deserialize(exported.serialize())

@@ -19,7 +19,8 @@ from tests.pallas_kernels.test_decode_attention import KV, close, kivi, masked_r
 
 NARROW = Config(128, 128)
 CASES = {  # codecs, lengths, options, how it is cut, shapes
-    "int4, zeros, a window and holes": ("int4-g32", [0, 250], {"window": 140, "holes": True}, NARROW, {"s": 256}),
+    "int4, zeros, a window and holes": ("int4-g32", [0, 250], {"window": 140, "holes": True, "weights": True},
+                                        NARROW, {"s": 256}),
     "int8, rotated": (per_token("int8", rotate=True), [100, 1], {"soft_cap": 3.0}, None, {}),
     "kivi2": (kivi(2), [128], {}, None, {"b": 1, "k": 1}),
 }  # fmt: skip
@@ -31,6 +32,7 @@ SLOW = {
     "bfloat16 scales": ("int4-g64-bf16", [100, 128], {}, None, {"n": 20, "k": 1}),
     "bfloat16": ("int4-g32", [100, 128], {}, None, {"dtype": "bfloat16"}),
     "kivi4": (kivi(4), [250, 64], {"holes": True}, NARROW, {"s": 256}),
+    "ragged heads": ("int4-g64", [[384, 3], [0, 70]], {"window": 100, "weights": True}, Config(256, 128), {"s": 384}),
     "kivi4, blocks of 64": (kivi(4, 64), [100, 128], {}, None, {}),
     "kv4": (KV[4], [100, 128], {}, None, {}),
     "kv2": (KV[2], [250, 128], {"window": 100}, NARROW, {"s": 256}),
@@ -53,7 +55,7 @@ def check(codecs, lengths, options, config, shapes, tolerance=5e-5, interpret=Tr
     got = jax.jit(run)(*args)
     want = decode_attention(*args, implementation="reference", **options)
     assert got[0].dtype == args[0].dtype
-    close([x.astype(jnp.float32) for x in got], [x.astype(jnp.float32) for x in want], tolerance)
+    close(*jax.tree.map(lambda x: x.astype(jnp.float32), (got, want)), tolerance)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -108,17 +110,15 @@ def test_an_exported_program_holds_the_kernel_for_a_named_tpu():
 def test_what_the_kernel_does_not_take_goes_to_another_path(key, value, shape, reason, monkeypatch):
     key, value = (per_token(x) if isinstance(x, str) else x for x in (key, value))
     args = jax.eval_shape(lambda: operands(key, value, **({"h": 128} | shape)))
-    assert reason in mosaic_tpu.refusal(*args)
+    refusal = mosaic_tpu.refusal(*args, args[1].heads)
+    assert reason in refusal
     lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
     run = functools.partial(decode_attention, implementation="mosaic_tpu")
     with pytest.raises(NotImplementedError, match=reason):
         jax.eval_shape(run, *args, lengths)
     assert jax.eval_shape(decode_attention, *args, lengths)[0].shape == args[0].shape
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert (
-        attention_kernel(*args)
-        == f"xla: decode + attend, block by block ({mosaic_tpu.refusal(*args)})"
-    )
+    assert attention_kernel(*args) == f"xla: decode + attend, block by block ({refusal})"
 
 
 def test_the_kernel_by_name(monkeypatch):
@@ -162,7 +162,8 @@ def compile_it(chip, key, value, b, heads, s, h, dtype):
     rows = [jax.eval_shape(functools.partial(pack_rows, codec=codec(x)), shape) for x in (key, value)]
     q, lengths = jax.ShapeDtypeStruct((b, 4 * heads, h), dtype), jax.ShapeDtypeStruct((b,), jnp.int32)
     seen = jax.ShapeDtypeStruct((b, heads, s), jnp.bool_)
-    run = functools.partial(mosaic_tpu.decode_attention, scale=0.1, soft_cap=30.0, window=1500)
+    options = {"scale": 0.1, "soft_cap": 30.0, "window": 1500, "weights": chip == "v6e"}
+    run = functools.partial(mosaic_tpu.decode_attention, **options)
     tpu_estimates.compile_for(chip, run, q, *rows, lengths, seen)
 """
 

@@ -15,11 +15,25 @@ from stowax.transforms.kv import fused
 CONFIG = models.LlamaConfig(
     vocab_size=64, dim=32, layers=2, heads=4, kv_heads=2, head_dim=16, ffn_dim=32
 )
+
+
+def selected(name, **options):
+    return sx.recipes.combine(sx.recipes.select(name, 24, **options), sx.recipes.int8())
+
+
 METHODS = {
     "int8": sx.recipes.int8(),
     "rotated": sx.recipes.int4(16, rotate=True),
     "residual and sinks": sx.recipes.kivi(bits=4, group=16, residual=16, sinks=3),
     "levels": sx.recipes.kv2(residual=32, sinks=2),
+    "h2o": selected("h2o"),
+    "adakv": selected("adakv", window=8),
+}
+SLOW = {
+    "tova": selected("tova"),
+    "scissorhands": selected("scissorhands", recent=8),
+    "pyramidkv": selected("pyramidkv", window=8),
+    "keydiff": selected("keydiff", sinks=2),
 }
 
 
@@ -46,21 +60,28 @@ def run(method, fuse: bool, monkeypatch, calls=(37, 1, 1, 1, 1, 1)):
     return outs, table
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [*METHODS, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
+)
 def test_equals_replay(name, monkeypatch):
-    got, table = run(METHODS[name], True, monkeypatch)
-    want, _ = run(METHODS[name], False, monkeypatch)
+    method = (METHODS | SLOW)[name]
+    got, table = run(method, True, monkeypatch)
+    want, _ = run(method, False, monkeypatch)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)  # a code may round the other way
     (site,) = table.rows[0].sites
-    assert (site.path, site.keeps) == ("xla: decode + attend, block by block", "xla")
+    path, selector = "xla: decode + attend, block by block", method.selector
+    if selector is not None and selector.needs_attention:
+        path += ", with weights for the selector"
+    keeps = "xla" if selector is None else "xla (a selector keeps the rows)"
+    assert (site.path, site.keeps) == (path, keeps)
 
 
 @pytest.mark.parametrize(
     ("method", "reason", "keeps"),
     [
         (sx.recipes.full(), "rows are not packed", "xla"),
-        (sx.recipes.select("streaming", 8), "a selector keeps the rows", "xla (a selector keeps the rows)"),
+        (sx.recipes.select("streaming", 8), "rows are not packed", "xla (a selector keeps the rows)"),
         (sx.recipes.think(0.5, residual=8), "rows are made from what is stored", "xla (channels are dropped)"),
     ],
 )  # fmt: skip

@@ -72,13 +72,14 @@ class Emit(CacheRun):
             form = fused.form(self, found, method, store.group)
         except LayoutError:  # `explain` says why
             form = None
-        if form is not None:
-            new = self.incoming(store)
-            return fused.attend(self, found, form, method, store.group, opened.arrays, new)
         statistic = self.statistic(store, opened)
-        out, stats = attend(self, found, self.rows(found), statistic)
+        if form is not None:
+            what = method, store.group, opened.arrays, self.incoming(store)
+            out, stats = fused.attend(self, found, form, *what, statistic)
+        else:
+            out, stats = attend(self, found, self.rows(found), statistic)
         if stats is not None and opened.stats is None:
-            store.opened = dataclasses.replace(opened, stats=stats)
+            store.opened = dataclasses.replace(store.opened, stats=stats)
         return out
 
     def reduced(self, found: Attention, value: Node) -> jax.Array:

@@ -1,7 +1,8 @@
 """One new token's attention by a kernel on the packed rows, where its form and the way of storing allow it.
 
 The codes are attended to as they lie. Rows that the store keeps in full (sinks, the newest, the new one) take part as
-such; the codes in their places are hidden. The program's own masks are evaluated at the positions of both.
+such; the codes in their places are hidden. The program's own masks are evaluated at the positions of both. A selector
+that looks at the attention's weights gets those that the kernel had made.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from .axes import Atom, Dim
 from .defer import ELEMENTWISE
 from .evaluate import Evaluation
 from .expr import shape_of
+from .held import held
 from .match import Attention, stream_key
 from .method import Method
 from .replay import Replay, Rows
 from .softmax import Mask, Softmax, made_of, recognise
 from .spec import Group, Site
-from .store import Incoming, shapes, stored
+from .store import Incoming, is_ragged, shapes, stored
 
 MOVES = "the cache moves or grows"
 
@@ -60,10 +62,14 @@ def describe(site: Site, method: Method, group: Group) -> str:
     if reason := refusal(method, group) or site.unusual:
         return f"replay ({reason})"
     streams = {s.role: i for i, s in enumerate(group.streams)}
-    arrays = _entry(method, group)
-    keys, values = (_packed(method, group, arrays, streams[role]) for role in ("key", "value"))
-    q = jax.ShapeDtypeStruct((group.batch, group.heads * site.group_size, keys.width), site.dtype)
-    return attention_kernel(q, keys, values)
+    paths = {}
+    for arrays in _entries(method, group):
+        keys, values = (_packed(method, group, arrays, streams[role]) for role in ("key", "value"))
+        shape = (group.batch, group.heads * site.group_size, keys.width)
+        q = jax.ShapeDtypeStruct(shape, site.dtype)
+        paths[attention_kernel(q, keys, values, group.heads)] = None
+    weights = method.selector is not None and method.selector.needs_attention
+    return " or ".join(paths) + ", with weights for the selector" * weights
 
 
 def keeper(site: Site, method: Method, group: Group) -> str:
@@ -74,55 +80,71 @@ def keeper(site: Site, method: Method, group: Group) -> str:
     if reason := direct.otherwise(method, how):
         return f"xla ({reason})"
     group = stored(method, group)
-    return append_kernel(direct.kept(method, group, _entry(method, group)), site.rows)
+    return append_kernel(direct.kept(method, group, *_entries(method, group)), site.rows)
 
 
-def _entry(method: Method, group: Group) -> Any:
-    """Shapes of the buffers of a layer."""
+def _entries(method: Method, group: Group) -> list[Any]:
+    """Shapes of the buffers of a layer, or of every layer where they are of different sizes."""
+    found = shapes(method, group)
+    if is_ragged(found):
+        return found["layers"]
     cut = lambda s: jax.ShapeDtypeStruct(s.shape[len(group.stack) :], s.dtype)
-    return jax.tree.map(cut, shapes(method, group))
+    return [jax.tree.map(cut, found)]
 
 
 def refusal(method: Method, group: Group) -> str:
     """Why the rows of a method are attended to by replay; "" where a kernel may."""
-    if method.selector is not None:
-        return "a selector keeps the rows"
     if method.input or method.merge is not None or method.channels < 1:
         return "rows are made from what is stored"
     if not method.encodes:
         return "rows are not packed"
     if group.grows or not group.length:
         return "the cache grows"
+    if not all(jax.tree.leaves(x["main"])[0].shape[2] for x in _entries(method, group)):
+        return "all rows are kept in full"
     return ""
 
 
 def attend(
-    run: Any, found: Attention, softmax: Softmax, method: Method, group: Group, arrays: Any, new: Incoming
-) -> jax.Array:  # fmt: skip
-    """The result of an attention, laid out as its last matmul gives it."""
+    run: Any,
+    found: Attention,
+    softmax: Softmax,
+    method: Method,
+    group: Group,
+    arrays: Any,
+    new: Incoming,
+    statistic: Any = None,
+) -> tuple[jax.Array, Any]:
+    """The result of an attention, laid out as its last matmul gives it, and `statistic` of its weights.
+
+    `statistic`: see `replay.attend`.
+    """
     key, value = (group.streams.index(stream_key(r)) for r in (softmax.key, softmax.value))
     keys, values = (_packed(method, group, arrays, i) for i in (key, value))
-    kept = _Kept(method, group, arrays, new)
     mask = functools.partial(_mask, run, found, softmax, group)
-    seen = jnp.pad(mask(None), ((0, 0), (0, 0), (0, keys.tokens - group.length)))
-    there = _squeezed(mask(kept.at) & kept.there[:, None])
+    has = held(method, group, arrays, new, mask)
     q, atoms = _queries(run, softmax)
-    out, _ = decode_attention(
+    out, _, *weights = decode_attention(
         q.reshape(group.batch, -1, keys.width) * _product(softmax.scale, jax.Array).astype(q.dtype),
         keys,
         values,
-        jnp.full(group.batch, group.length, jnp.int32),
-        seen=_squeezed(seen),
-        hidden=kept.at,
+        jnp.full(group.batch, keys.tokens, jnp.int32),
+        seen=_squeezed(has.seen),
+        hidden=has.hidden,
         full=[
-            FullRows(rows[key], rows[value], flags)
-            for rows, flags in zip(kept.rows, jnp.split(there, kept.ends, axis=-1))
+            FullRows(rows[key], rows[value], _squeezed(flags))
+            for rows, flags in has.full
             if flags.shape[-1]
         ],
         scale=_product(softmax.scale, float),
         soft_cap=softmax.soft_cap,
+        weights=statistic is not None,
     )
-    return _arranged(run, found, softmax, out, atoms)
+    stats = None
+    if statistic is not None:
+        of_query = has.in_order(*weights).reshape(*q.shape[:2], 1, q.shape[2], -1)
+        stats = statistic(of_query, jnp.zeros(1, jnp.int32))
+    return _arranged(run, found, softmax, out, atoms), stats
 
 
 def _packed(method: Method, group: Group, arrays: Any, i: int) -> Packed:
@@ -136,40 +158,13 @@ def _product(factors: Sequence[Any], kind: type) -> Any:
     return functools.reduce(lambda x, y: x * y, own, 1.0 if kind is float else jnp.float32(1))
 
 
-class _Kept:
-    """The rows in full: sinks, recent ones, the new one.
-
-    Attributes:
-      rows: for each of the three, for each stream, ``[B, K, e, D]``.
-      at: positions of all, ``int32[B, E]``; -1 for none.
-      there: whether each is the one that counts for its position, ``bool[B, E]``.
-      ends: where the recent ones begin and end.
-    """
-
-    def __init__(self, method: Method, group: Group, arrays: Any, new: Incoming):
-        b, s = group.batch, group.length
-        at = jnp.broadcast_to(new.at, (b, 1))
-        recent = arrays["recent_at"]
-        count = arrays["sinks"][0].shape[2]
-        sinks = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (b, count))
-        same = lambda x, y: (x[:, :, None] == y[:, None]).any(-1)
-        newer = (recent >= 0) & (recent < s)
-        if recent.size:
-            newer &= recent != at
-        parts = [~(same(sinks, recent) | (sinks == at)), newer, at < s]
-        self.rows = [arrays["sinks"], arrays["recent"], new.rows]
-        self.at = jnp.concatenate([sinks, recent, at], axis=1)
-        self.there = jnp.concatenate(parts, axis=1)
-        self.ends = [count, count + recent.shape[1]]
-
-
 def _mask(
     run: Any, found: Attention, softmax: Softmax, group: Group, positions: jax.Array | None
 ) -> jax.Array:
-    """The tokens that the program's masks let through, ``bool[B, 1 or K, C]``, at `positions` or all."""
-    count = group.length if positions is None else positions.shape[1]
+    """See `held.Mask`."""
+    count = group.length if positions is None else positions.shape[2]
     rows = jax.ShapeDtypeStruct((group.batch, group.heads, count, 1), jnp.float32)
-    at = None if positions is None else jnp.clip(positions, 0, group.length - 1)[:, None]
+    at = None if positions is None else jnp.clip(positions, 0, group.length - 1)
     replay = Replay(run, found, Rows([rows], at, None))  # pyright: ignore[reportArgumentType]
     seen = jnp.ones((group.batch, 1, count), bool)
     for mask in softmax.masks:

@@ -87,7 +87,7 @@ def empty(shapes: Arrays) -> Arrays:
 def working(
     method: Method, group: Group, arrays: Arrays, new: Sequence[jax.Array], at: jax.Array, how: str
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """Rows ``[K, W, D]`` of each stream, positions ``int32[K, W]`` and which slots are live."""
+    """Rows ``[K, W, D]`` of each stream, and their `places`."""
     k, rows = group.heads, []
     for i, s in enumerate(group.streams):
         codec = method.codec(s.role, s.dtype)
@@ -96,6 +96,14 @@ def working(
         rows.append(
             jnp.concatenate([arrays["sinks"][i], chosen, arrays["recent"][i], new[i]], axis=1)
         )
+    return rows, *places(method, group, arrays, at, how)
+
+
+def places(
+    method: Method, group: Group, arrays: Arrays, at: jax.Array, how: str
+) -> tuple[jax.Array, jax.Array]:
+    """Positions ``int32[K, W]`` of all slots and of new rows at `at`, and which are live."""
+    k = group.heads
     old = [_heads(arrays[name], k) for name in ("sinks_at", "main_at", "recent_at")]
     before = jnp.concatenate(old, axis=1)
     if how == "roll":
@@ -109,39 +117,41 @@ def working(
     length = group.length + (at.size if how == "behind" else 0)
     live = jnp.concatenate([live, jnp.broadcast_to(at < length, (k, at.size))], axis=1)
     positions = jnp.concatenate([before, jnp.broadcast_to(at, (k, at.size))], axis=1)
-    return rows, jnp.clip(positions, 0, length - 1), live
+    return jnp.clip(positions, 0, length - 1), live
 
 
 def absorb(
     method: Method,
     group: Group,
     arrays: Arrays,
+    new: Sequence[jax.Array],
     rows: Sequence[jax.Array],
     positions: jax.Array,
     live: jax.Array,
     stats: Any,
     queries: Any,
-    total: int,
 ) -> Arrays:
-    """The buffers after a call with `total` new tokens; `rows` are what it attended to."""
-    selector: Selector = method.selector
+    """The buffers after a call with `new` rows. `rows`, what it attended to, are for scores alone: where those do not
+    look at rows, none is decoded."""
+    selector, total = method.selector, new[0].shape[1]
     score = _score(method, group, arrays, rows, positions, live, stats, queries, total)
     n, c, r = (arrays[f"{name}_at"].shape[-1] for name in ("sinks", "main", "recent"))
     at = jnp.where(live, positions, NEVER)
-    sink = _sinks(arrays, rows, at, n, total)
+    sink = _sinks(arrays, new, at, n)
     # recent and new tokens in order; sinks are kept elsewhere
     flow = jnp.where((at[:, n + c :] >= n) | (n == 0), at[:, n + c :], NEVER)
     newest = slice(flow.shape[1] - r, None)
     leaving = flow.shape[1] - r
+    flowing = [jnp.concatenate(pair, axis=1) for pair in zip(arrays["recent"], new)]
     out = dict(arrays, **sink)
-    out["recent"] = [x[:, n + c :][:, newest] for x in rows]
+    out["recent"] = [x[:, newest] for x in flowing]
     out["recent_at"] = flow[0, newest]
     out["recent_score"] = score[:, n + c :][:, newest]
     out["main"] = arrays["main"]
     if not c:
         return out
     pick = _pooled if selector.pooled else _best
-    candidates = [x[:, n + c : n + c + leaving] for x in rows]
+    candidates = [x[:, :leaving] for x in flowing]
     chosen = pick(method, group, arrays, score[:, n : n + c + leaving],
                   jnp.concatenate([at[:, n : n + c], flow[:, :leaving]], axis=1), candidates)  # fmt: skip
     return out | chosen
@@ -187,16 +197,13 @@ def _by_chunk(score: Any, at: Any, live: Any, chunk: int, length: int) -> jax.Ar
     return jax.vmap(one)(score, at, live)
 
 
-def _sinks(arrays: Arrays, rows: Any, at: Any, n: int, total: int) -> Arrays:
+def _sinks(arrays: Arrays, new: Sequence[jax.Array], at: Any, n: int) -> Arrays:
     """The first tokens, with new rows in their places."""
     if not n:
         return {}
-    new = at[0, at.shape[1] - total :]
-    where = jnp.where((new >= 0) & (new < n), new, n)
-    sinks = [
-        s.at[:, where].set(x[:, x.shape[1] - total :], mode="drop")
-        for s, x in zip(arrays["sinks"], rows)
-    ]
+    last = at[0, at.shape[1] - new[0].shape[1] :]
+    where = jnp.where((last >= 0) & (last < n), last, n)
+    sinks = [s.at[:, where].set(x, mode="drop") for s, x in zip(arrays["sinks"], new)]
     return {"sinks": sinks, "sinks_at": arrays["sinks_at"].at[where].set(where, mode="drop")}
 
 
@@ -254,7 +261,10 @@ def _pooled(
     t = at.shape[1] - c
     mine = jnp.take_along_axis(value[:, :c], arrays["head"].astype(jnp.int32)[None], axis=0)[0]
     flat = jnp.concatenate([mine, value[:, c:].reshape(-1)])
-    keep = jnp.sort(jax.lax.top_k(flat, c)[1])
+    head = jnp.concatenate([arrays["head"], jnp.repeat(heads, t)])
+    keep = jax.lax.top_k(flat, c)[1]
+    # A head's slots lie together, in the order in which they came: attention reads no other's.
+    keep = keep[jnp.argsort(head[keep].astype(jnp.int32) * flat.size + keep)]
     codes = _encode(method, group, leaving)
 
     def merge(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -262,14 +272,18 @@ def _pooled(
         return jnp.concatenate([old, new], axis=1)[:, keep]
 
     main = [jax.tree.map(merge, m, x) for m, x in zip(arrays["main"], codes)]
-    head = jnp.concatenate([arrays["head"], jnp.repeat(heads, t)])[keep]
     pick = lambda x: jnp.concatenate(
         [
             jnp.take_along_axis(x[:, :c], arrays["head"].astype(jnp.int32)[None], axis=0)[0],
             x[:, c:].reshape(-1),
         ]
     )[keep]
-    return {"main": main, "head": head, "main_at": pick(at)[None], "main_score": pick(score)[None]}
+    return {
+        "main": main,
+        "head": head[keep],
+        "main_at": pick(at)[None],
+        "main_score": pick(score)[None],
+    }
 
 
 def _encode(method: Method, group: Group, rows: Sequence[jax.Array]) -> list[Any]:

@@ -195,6 +195,15 @@ def working(method: Method, group: Group, arrays: Any, new: Incoming) -> Working
     return Working([x[:, :, :length] for x in placed])
 
 
+def slots_of(
+    method: Method, group: Group, arrays: Any, new: Incoming
+) -> tuple[jax.Array, jax.Array]:
+    """Of a selector's slots and the new rows the positions ``int32[B, K, W]``, and which are live ``bool[B, K, W]``."""
+    batched = 0 if new.at.ndim == 2 else None
+    view = jax.vmap(lambda a, p: slots.places(method, group, a, p, new.how), (0, batched))
+    return view(arrays, new.at)
+
+
 def placed(kept: list[jax.Array], new: list[jax.Array], at: jax.Array) -> list[jax.Array]:
     """Rows ``[B, K, S, D]`` with new ones at consecutive positions."""
     return jax.vmap(lambda k, n: direct.place(k, n, at, "run"))(kept, new)
@@ -214,9 +223,8 @@ def absorb(
     batched = 0 if new.at.ndim == 2 else None
     if method.selector is not None:
         assert w is not None
-        total = new.at.shape[-1]
-        keep = lambda a, r, p, v, s, q: slots.absorb(method, group, a, r, p, v, s, q, total)
-        return jax.vmap(keep)(arrays, w.rows, w.positions, w.live, stats, queries)
+        keep = lambda a, n, r, p, v, s, q: slots.absorb(method, group, a, n, r, p, v, s, q)
+        return jax.vmap(keep)(arrays, new.rows, w.rows, w.positions, w.live, stats, queries)
     if group.grows:
         arrays = _lengthen(method, group, arrays, new.rows[0].shape[2])
     if depth.is_merged(arrays):
