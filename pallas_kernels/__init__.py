@@ -13,3 +13,4 @@ from .matmul import kernel_name as kernel_name
 from .matmul import matmul as matmul
 from .prefill_attention import prefill_attention as prefill_attention
 from .prefill_attention import prefill_kernel as prefill_kernel
+from .prefill_attention import prefill_refusal as prefill_refusal

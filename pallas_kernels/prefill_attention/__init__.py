@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from . import dispatch
 from .dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
 from .dispatch import prefill_kernel as prefill_kernel
+from .dispatch import prefill_refusal as prefill_refusal
 
 
 def prefill_attention(

@@ -16,7 +16,7 @@ def run(operands: tuple[Any, ...], options: dict[str, Any], name: str | None) ->
     q, soft_cap = operands[0], options["soft_cap"]
     if name == "reference":
         return reference.prefill_attention(*operands, **options)
-    if name == "cudnn" and (reason := _refused_here(q, soft_cap)):
+    if name == "cudnn" and (reason := prefill_refusal(q, soft_cap)):
         raise NotImplementedError(
             f"`implementation` 'cudnn' can't take this attention: {reason}. Pass None to let another path take it."
         )
@@ -27,12 +27,12 @@ def run(operands: tuple[Any, ...], options: dict[str, Any], name: str | None) ->
 
 def prefill_kernel(q: Any, soft_cap: float | None = None) -> str:
     """The path that `prefill_attention` takes here, in words, and why cuDNN does not."""
-    if reason := _refused_here(q, soft_cap):
-        return f"xla: blocks of queries ({reason})"
-    return "cudnn: flash attention"
+    reason = prefill_refusal(q, soft_cap)
+    return f"xla: blocks of queries ({reason})" if reason else "cudnn: flash attention"
 
 
-def _refused_here(q: Any, soft_cap: float | None) -> str:
+def prefill_refusal(q: Any, soft_cap: float | None = None) -> str:
+    """Why cuDNN can't take an attention on this machine; "" where it can."""
     if reason := cudnn.refusal(q, soft_cap):
         return reason
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # of an NVIDIA GPU "9.0"
@@ -46,10 +46,12 @@ def _by_xla(operands: Any, **options: Any) -> jax.Array:
 
 def _on_cuda(operands: Any, **options: Any) -> jax.Array:
     """Lowered on a machine without a GPU it is XLA's: what jax lowers depends on the version of cuDNN."""
-    if _refused_here(operands[0], options["soft_cap"]):
+    if prefill_refusal(operands[0], options["soft_cap"]):
         return _by_xla(operands, **options)
     return cudnn.prefill_attention(*operands, **options)
 
 
 # `jax.export` keeps no call of cuDNN, since its form is not stable.
-PREFILL_ATTENTION = Op("prefill_attention", _by_xla, {"cuda": _on_cuda}, one_by_one, stable=False)
+PREFILL_ATTENTION = Op(
+    "prefill_attention", _by_xla, {"cuda": _on_cuda}, one_by_one, stable=False, partitioned=False
+)

@@ -55,14 +55,9 @@ def test_gradient_and_vmap():
     [("causal", "CAUSAL"), ("window", "CAUSAL"), ("causal to lengths", "PADDING_CAUSAL"), ("seen", "NO_MASK")],
 )  # fmt: skip
 def test_on_cuda_it_is_cudnn_and_structure_is_no_bias(name, mask, monkeypatch):
-    monkeypatch.setattr(dispatch, "_refused_here", lambda *_: "")
+    monkeypatch.setattr(dispatch, "prefill_refusal", lambda *_: "")
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    mesh, spec = jax.make_mesh((1,), ("x",)), jax.P()
-    # inside `shard_map`: elsewhere jax asks for the devices before it lowers cuDNN's calls
-    f = jax.shard_map(
-        functools.partial(prefill_attention, **MASKS[name]),
-        mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False,
-    )  # fmt: skip
+    f = functools.partial(prefill_attention, **MASKS[name])
     traced = jax.jit(f).trace(*operands(jnp.bfloat16))
     assert "cudnn" not in traced.lower().as_text()
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
