@@ -1,6 +1,6 @@
-"""Low-bit matmul against bf16 on a GPU: kernel time, bandwidth, and what a link of a chain costs.
+"""Low-bit matmul on a GPU against bf16, XLA's own int8 and int4, and torch: kernel time and share of the roofline.
 
-  python -m stowax.experiments.bench_matmul --shapes=4096x14336,8192x28672 --m=1,16,64,128,256,1024
+  python -m stowax.experiments.bench_matmul --shapes=4096x14336,8192x28672 --m=1,16,64,128,256,1024 --torch
 
 Expected on one H100 (4096x14336, int4-g128-sym): 13.5 us at M = 1, 20 at 64, 34 at 128, where bf16 takes 42 to 49.
 About 1 s for each row; writes out/bench_matmul.json and .png.
@@ -9,6 +9,7 @@ About 1 s for each row; writes out/bench_matmul.json and .png.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,28 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from stowax.memory_planner import tree_nbytes
 from stowax.pallas_kernels import codecs, kernel_name, matmul
 from stowax.pallas_kernels.codecs import Packed
 from stowax.transforms.report import text_table
 
-from . import kernel_timing, pictures
+from . import kernel_timing, pictures, roofline, torch_peers, xla_peers
 from .results import write_json
 
 SHAPES = flags.DEFINE_list("shapes", ["4096x14336", "14336x4096"], "KxN of the weights.")
 ROWS = flags.DEFINE_list("m", ["1", "16", "64", "128", "256", "1024"], "Rows of x.")
 SPECS = flags.DEFINE_list(
-    "specs", ["int8", "int4-g128-sym", "int4-g128", "int2-g128-sym"], "Codecs."
+    "specs",
+    ["xla-int8", "xla-int4", "int8", "int4-g128-sym", "int4-g128", "int2-g128-sym"],
+    "Codecs; xla-int8 and xla-int4: arrays with scales (of channels; of groups of 128) in plain JAX.",
 )
+TORCH = flags.DEFINE_bool("torch", False, "Also cuBLAS and tinygemm's int4 through torch.")
 CHAIN = flags.DEFINE_bool("chain", False, "Also time a link of a chain, launches included.")
 OUT = flags.DEFINE_string("out", "out/bench_matmul", "Where the JSON and the picture go.")
 
-HEADER = ("weights", "K x N", "M", "us", "of bf16", "TB/s", "chained us", "error", "path")
+HEADER = (
+    "weights", "K x N", "M", "us", "of bf16", "TB/s", "roofline", "bound", "chained us", "error", "path",
+)  # fmt: skip
 
 
 def packed(spec: str, n: int, k: int, seed: int) -> Packed:
@@ -70,23 +77,25 @@ def link(product: Any, x: jax.Array, w: Any) -> jax.Array:
     ) * 0.5
 
 
-def measure(spec: str, k: int, n: int, m: int, base: float) -> dict[str, Any]:
-    """One row; `base` is the time of bf16."""
+def path(spec: str, k: int) -> tuple[Callable[[int, int, int], Any], Callable[[Any, Any], Any]]:
+    """What makes the weight of ``(n, k, seed)``, and what multiplies by it."""
+    if spec == "bf16":
+        return dense, bf16
+    if spec.startswith("xla-"):
+        group = k if spec == "xla-int8" else 128
+        return lambda n, k, seed: xla_peers.weight(spec, group, n, k, seed), xla_peers.matmul
+    return functools.partial(packed, spec), matmul
+
+
+def measure(spec: str, k: int, n: int, m: int) -> dict[str, Any]:
+    """One row of ours or of XLA."""
     x = jax.random.normal(jax.random.key(0), (1, m, k), jnp.bfloat16)
-    make, product = (dense, bf16) if spec == "bf16" else (functools.partial(packed, spec), matmul)
+    make, product = path(spec, k)
     first = make(n, k, 0)
-    nbytes = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(first))
+    nbytes = tree_nbytes(first)
     sets = [first] + [make(n, k, i) for i in range(1, kernel_timing.copies(nbytes))]
     us = kernel_timing.kernel_us(product, x, sets)
-    row: dict[str, Any] = {
-        "spec": spec,
-        "k": k,
-        "n": n,
-        "m": m,
-        "us": us,
-        "of_bf16": us / (base or us),
-    }
-    row["tb_per_s"] = (nbytes + 2 * m * (k + n)) / us / 1e6
+    row: dict[str, Any] = {"spec": spec, "k": k, "n": n, "m": m, "us": us, "nbytes": nbytes}
     if CHAIN.value:
         row["chained_us"] = kernel_timing.chained_us(functools.partial(link, product), x, sets)
     if isinstance(first, Packed):
@@ -97,26 +106,50 @@ def measure(spec: str, k: int, n: int, m: int, base: float) -> dict[str, Any]:
     return row
 
 
+def compared(row: dict[str, Any], base: float, limits: roofline.Roofline) -> dict[str, Any]:
+    """The row beside bf16, which takes `base` us, and beside what the device can do."""
+    if "us" not in row:
+        return row
+    k, n, m = row["k"], row["n"], row["m"]
+    moved = row.pop("nbytes") + 2 * m * (k + n)
+    share = limits.share(row["us"], moved, 2 * m * k * n)
+    return {**row, "of_bf16": row["us"] / base, "tb_per_s": moved / row["us"] / 1e6, **share}
+
+
+def torch_rows(cases: list[tuple[int, int, int]]) -> dict[tuple[int, ...], list[dict[str, Any]]]:
+    """torch's rows of each case."""
+    found: dict[tuple[int, ...], list[dict[str, Any]]] = {case: [] for case in cases}
+    for row in torch_peers.rows("matmul", cases) if TORCH.value else []:
+        k, n, m = case = tuple(row.pop("case"))
+        found[case].append({"k": k, "n": n, "m": m, **row})
+    return found
+
+
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     number = lambda name, form: format(row[name], form) if name in row else ""
     return (
         row["spec"], f"{row['k']} x {row['n']}", str(row["m"]), number("us", ".1f"), number("of_bf16", ".2f"),
-        number("tb_per_s", ".2f"), number("chained_us", ".1f"), number("error", ".1e"), row.get("path", ""),
+        number("tb_per_s", ".2f"), number("roofline", ".0%"), row.get("bound", ""), number("chained_us", ".1f"),
+        number("error", ".1e"), row.get("path", row.get("refusal", "")),
     )  # fmt: skip
 
 
 def main(_: list[str]) -> None:
-    device, rows = jax.devices()[0], []
-    for shape in SHAPES.value:
-        k, n = map(int, shape.split("x"))
-        for m in map(int, ROWS.value):
-            base = measure("bf16", k, n, m, 0)
-            rows += [base] + [measure(spec, k, n, m, base["us"]) for spec in SPECS.value]
-            print("\n".join("  ".join(cells(r)) for r in rows[-1 - len(SPECS.value) :]), flush=True)
-            write_json(
-                Path(OUT.value + ".json"),
-                {"device": device.device_kind, "jax": jax.__version__, "rows": rows},
-            )
+    shapes = [tuple(map(int, shape.split("x"))) for shape in SHAPES.value]
+    cases = [(k, n, int(m)) for k, n in shapes for m in ROWS.value]
+    theirs = torch_rows(cases)
+    limits, rows, device = roofline.measured(), [], jax.devices()[0]
+    for k, n, m in cases:
+        found = [measure(spec, k, n, m) for spec in ["bf16", *SPECS.value]] + theirs[k, n, m]
+        rows += [compared(row, found[0]["us"], limits) for row in found]
+        print("\n".join("  ".join(cells(r)) for r in rows[-len(found) :]), flush=True)
+        content = {
+            "device": device.device_kind,
+            "jax": jax.__version__,
+            **vars(limits),
+            "rows": rows,
+        }
+        write_json(Path(OUT.value + ".json"), content)
     print(text_table(HEADER, list(map(cells, rows))))
     pictures.times(rows, "m", "rows of x (M)", Path(OUT.value + ".png"), device.device_kind)
 

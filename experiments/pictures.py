@@ -129,14 +129,15 @@ def kv_over_bytes(found: Sequence[Variant], baseline: str, key: str) -> str:
 
 
 def times(rows: Sequence[Mapping[str, Any]], x: str, label: str, path: Path, title: str) -> None:
-    """Microseconds over `x`, a line for each codec and shape, as a PNG."""
+    """Microseconds over `x`, a line for each codec and shape, those of peers dashed, as a PNG."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
+    for row in (r for r in rows if "us" in r):
         shape = f" {row['k']}x{row['n']}" if "k" in row else ""
         lines.setdefault(row["spec"] + shape, []).append((row[x], row["us"]))
     figure, axes = plt.subplots(figsize=(9, 5))
     for name, points in lines.items():
-        style: dict[str, Any] = {"ls": "--", "color": "#888"} if name.startswith("bf16") else {}
+        style: dict[str, Any] = {"ls": "--"} if name.startswith(("xla", "torch")) else {}
+        style |= {"ls": "--", "color": "#888"} if name.startswith("bf16") else {}
         axes.plot(*zip(*sorted(points)), marker="o", ms=4, label=name, **style)
     axes.set(xscale="log", xlabel=label, ylabel="kernel time, us", title=title)
     axes.set_yscale("log", base=2)

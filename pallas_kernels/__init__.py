@@ -11,3 +11,6 @@ from .decode_attention import decode_attention as decode_attention
 from .decode_attention import pack_rows as pack_rows
 from .matmul import kernel_name as kernel_name
 from .matmul import matmul as matmul
+from .prefill_attention import prefill_attention as prefill_attention
+from .prefill_attention import prefill_kernel as prefill_kernel
+from .prefill_attention import prefill_refusal as prefill_refusal

@@ -7,6 +7,7 @@ CPU costs nothing more, and an exported program picks for each platform that it 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ class Op:
       batch: the rule for `jax.vmap`: ``(op, size, operands, is_batched, options) -> result``, its new axis in front.
       stable: whether kernels are kept in exported programs; else those hold `default`.
       context: a context in which kernels are lowered.
+      partitioned: False for what would spread over the devices of the program by itself: they are not known where an
+        operation is lowered, so that it is lowered as for one.
 
     Options are hashable. The gradient is that of `default`.
     """
@@ -42,9 +45,10 @@ class Op:
         *,
         stable: bool = True,
         context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        partitioned: bool = True,
     ):
         self.name, self.default, self.batch = name, default, batch
-        self.stable, self.context = stable, context
+        self.stable, self.context, self.partitioned = stable, context, partitioned
         self.primitive = p = Primitive(name)
         p.multiple_results = True
         p.def_abstract_eval(self._abstract)
@@ -117,10 +121,19 @@ class Op:
                 return plain(ctx, *args, **params)
             # Mosaic GPU refuses modules for several platforms; what is lowered here is for one.
             module = module.replace(platforms=(platform,))
+            if not self.partitioned:
+                module = module.replace(axis_context=_of_one_device(module.axis_context))
             with self.context():
                 return lower(ctx.replace(module_context=module), *args, **params)
 
         return rule
+
+
+def _of_one_device(context: Any) -> Any:
+    if not hasattr(context, "device_assignment"):  # inside `shard_map`
+        return context
+    one = (jax.devices()[0],)
+    return dataclasses.replace(context, num_devices=1, device_assignment=one, abstract_mesh=None)
 
 
 def one_by_one(call: Any, size: int, operands: Any, is_batched: Any) -> Any:

@@ -14,11 +14,11 @@ from jax.core import Tracer
 from stowax.pallas_kernels.codecs import LayoutError
 
 from ..core.program import Program, named_leaves, replace_leaves
-from . import emit, fused, store
+from . import emit, fused, prefill, store
 from .find import Caches, can_hold_rows, find
 from .method import Method
 from .report import CacheRow, CacheTable
-from .spec import Group, Stream
+from .spec import Group, Site, Stream
 from .state import KVState, Moved, is_state
 
 Rules = tuple[tuple[str, Method | None], ...]
@@ -307,9 +307,13 @@ def explain(program: Program, rules: Rules) -> CacheTable:
         method = methods.get(group.leaves[0][0])
         sites = [s for s in found.sites if s.group == group.name]
         if method is not None:
-            how = lambda s, *of: {"path": fused.describe(s, *of), "keeps": fused.keeper(s, *of)}
-            sites = [dataclasses.replace(s, **how(s, method, group)) for s in sites]
+            sites = [_described(s, method, group) for s in sites]
         rows.append(CacheRow.of(group, method, sites))
     shapes = {n: x for n, x in zip(program.caches, program.leaves) if n}
     rows += [CacheRow.kept(r.leaf, shapes[r.leaf], r.reason) for r in found.refused]
     return CacheTable(rows)
+
+
+def _described(site: Site, method: Method, group: Group) -> Site:
+    attends = (prefill if site.rows > 1 else fused).describe(site, method, group)
+    return dataclasses.replace(site, path=attends, keeps=fused.keeper(site, method, group))

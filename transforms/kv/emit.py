@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from stowax.pallas_kernels.codecs import LayoutError
 from ..core import compat
 from ..core.interpret import Recorder
 from ..core.program import Program
-from . import depth, fused, tiers
+from . import depth, fused, prefill, tiers
 from .defer import LAYOUT
 from .expr import Cell, Node, is_rooted, walk
 from .find import Caches
@@ -72,6 +73,9 @@ class Emit(CacheRun):
             form = fused.form(self, found, method, store.group)
         except LayoutError:  # `explain` says why
             form = None
+        if form is None and (many := self.many_tokens(found, method)) is not None:
+            replayed = lambda: attend(self, found, self.rows(found))[0]
+            return prefill.attend(self, found, many, replayed)
         statistic = self.statistic(store, opened)
         if form is not None:
             what = method, store.group, opened.arrays, self.incoming(store)
@@ -81,6 +85,24 @@ class Emit(CacheRun):
         if stats is not None and opened.stats is None:
             store.opened = dataclasses.replace(store.opened, stats=stats)
         return out
+
+    def many_tokens(self, found: Attention, method: Method) -> prefill.Prefill | None:
+        if found.rows < 2 or prefill.refusal(method):
+            return None
+        try:
+            return prefill.form(self, found)
+        except LayoutError:  # `explain` says why
+            return None
+
+    def locally(self, store: Store, f: Callable[[], jax.Array]) -> jax.Array:
+        """``f()`` in a branch: what it computes on the way is not there outside."""
+        opened = store.opened
+        self.scopes.append({})
+        try:
+            return f()
+        finally:
+            self.scopes.pop()
+            store.opened = opened
 
     def reduced(self, found: Attention, value: Node) -> jax.Array:
         return reduced(self, found, self.rows(found), value)

@@ -14,7 +14,7 @@ from stowax.pallas_kernels.codecs import LayoutError
 
 from ..core import compat
 from ..core.program import Program, is_packed, logical
-from . import fused
+from . import fused, prefill
 from .expr import Cell, Node, is_rooted
 from .masks import mask_name
 from .match import Attention, stream_key
@@ -85,10 +85,18 @@ class Probe(CacheRun):
             return site
         site = dataclasses.replace(site, mask=mask_name(self, found))
         try:
-            q = fused.query_shape(fused.usual(self, found))
+            return dataclasses.replace(site, **self.usual(found))
         except LayoutError as error:
             return dataclasses.replace(site, unusual=str(error))
-        return dataclasses.replace(site, group_size=q[0], dtype=q[1])
+
+    def usual(self, found: Attention) -> dict[str, Any]:
+        """What a kernel or a library asks of an attention. Raises LayoutError where none can run it."""
+        if found.rows < 2:
+            size, dtype = fused.query_shape(fused.usual(self, found))
+            return {"group_size": size, "dtype": dtype}
+        many = prefill.form(self, found)
+        size, dtype = prefill.query_shape(many)
+        return {"group_size": size, "dtype": dtype, "structure": prefill.name(many)}
 
     def reduced(self, found: Attention, value: Node) -> jax.Array:
         return jnp.zeros(value.shape, value.dtype)

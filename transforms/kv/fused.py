@@ -52,7 +52,7 @@ def usual(run: Any, found: Attention) -> Softmax:
     lead = {*run.axes.resolve(softmax.key.lead), found.token}
     for mask in softmax.masks:
         labels = run.axes.labels(mask.node.labels)  # pyright: ignore
-        if any(set(labels[d]) - lead for d in _varying(run, mask.array)):
+        if any(set(labels[d]) - lead for d in varying(run, mask.array)):
             raise LayoutError("the mask differs between query heads")
     return softmax
 
@@ -123,9 +123,9 @@ def attend(
     keys, values = (_packed(method, group, arrays, i) for i in (key, value))
     mask = functools.partial(_mask, run, found, softmax, group)
     has = held(method, group, arrays, new, mask)
-    q, atoms = _queries(run, softmax)
+    q, atoms = queries(run, softmax)
     out, _, *weights = decode_attention(
-        q.reshape(group.batch, -1, keys.width) * _product(softmax.scale, jax.Array).astype(q.dtype),
+        q.reshape(group.batch, -1, keys.width) * product(softmax.scale, jax.Array).astype(q.dtype),
         keys,
         values,
         jnp.full(group.batch, keys.tokens, jnp.int32),
@@ -136,7 +136,7 @@ def attend(
             for rows, flags in has.full
             if flags.shape[-1]
         ],
-        scale=_product(softmax.scale, float),
+        scale=product(softmax.scale, float),
         soft_cap=softmax.soft_cap,
         weights=statistic is not None,
     )
@@ -144,7 +144,7 @@ def attend(
     if statistic is not None:
         of_query = has.in_order(*weights).reshape(*q.shape[:2], 1, q.shape[2], -1)
         stats = statistic(of_query, jnp.zeros(1, jnp.int32))
-    return _arranged(run, found, softmax, out, atoms), stats
+    return arranged(run, found, softmax, out, atoms), stats
 
 
 def _packed(method: Method, group: Group, arrays: Any, i: int) -> Packed:
@@ -152,7 +152,7 @@ def _packed(method: Method, group: Group, arrays: Any, i: int) -> Packed:
     return Packed(arrays["main"][i], method.codec(s.role, s.dtype), s.width)
 
 
-def _product(factors: Sequence[Any], kind: type) -> Any:
+def product(factors: Sequence[Any], kind: type) -> Any:
     """Of those that are numbers, or of those that are arrays."""
     own = [f for f in factors if isinstance(f, kind)]
     return functools.reduce(lambda x, y: x * y, own, 1.0 if kind is float else jnp.float32(1))
@@ -173,28 +173,39 @@ def _mask(
 
 
 def _by_head(run: Any, replay: Replay, softmax: Softmax, mask: Mask, group: Group) -> jax.Array:
+    out = shown(run, replay, softmax, mask)
+    return jnp.broadcast_to(out, (group.batch, *out.shape[1:]))[:, :, 0]
+
+
+def shown(
+    run: Any, replay: Replay, softmax: Softmax, mask: Mask, time: Atom | None = None
+) -> jax.Array:
+    """The tokens that a mask lets through, ``bool[1 or B, 1 or K, T, C]``; T is 1 without `time`, a query axis."""
     labels = replay.labels(mask.node)
-    varying = _varying(run, mask.array)
-    coords = [replay.coord(labels, d) if d in varying else None for d in range(len(labels))]
-    shown = Evaluation(len(labels), run.array)(mask.array, coords) == mask.shown
+    dims = varying(run, mask.array)
+    coords = [replay.coord(labels, d) if d in dims else None for d in range(len(labels))]
+    seen = Evaluation(len(labels), run.array)(mask.array, coords) == mask.shown
     lead, token = run.axes.resolve(softmax.key.lead), replay.found.token
-    shape = [replay.size(a) if n != 1 else 1 for n, dim in zip(shown.shape, labels) for a in dim]
+    names = (*lead, *([] if time is None else [time]), token)
+    shape = [replay.size(a) if n != 1 else 1 for n, dim in zip(seen.shape, labels) for a in dim]
     atoms = [a for dim in labels for a in dim]
-    rest = [i for i, a in enumerate(atoms) if a not in (*lead, token)]  # the same along these
-    order = [atoms.index(a) for a in (*lead, token) if a in atoms]
-    missing = [i for i, a in enumerate((*lead, token)) if a not in atoms]
-    out = shown.reshape(shape).transpose(*order, *rest)[(..., *(0 for _ in rest))]
+    rest = [i for i, a in enumerate(atoms) if a not in names]  # the same along these
+    order = [atoms.index(a) for a in names if a in atoms]
+    missing = [i for i, a in enumerate(names) if a not in atoms]
+    out = seen.reshape(shape).transpose(*order, *rest)[(..., *(0 for _ in rest))]
     out = jnp.expand_dims(out, missing)
-    batch, heads = _split(lead, group.batch)
+    batch, heads = split(lead, softmax.key.batch)
     full = lambda atoms, have: (
         [a.size for a in atoms] if any(n != 1 for n in have) else [1] * len(atoms)
     )
-    sizes = [*full(batch, [2]), *full(heads, out.shape[len(batch) : len(lead)])]
-    out = jnp.broadcast_to(out, (*sizes, replay.slots))
-    return out.reshape(group.batch, -1, replay.slots)
+    n = len(batch)
+    sizes = [*full(batch, out.shape[:n]), *full(heads, out.shape[n : len(lead)])]
+    last = (1 if time is None else replay.size(time), replay.slots)
+    out = jnp.broadcast_to(out, (*sizes, *last[-(len(names) - len(lead)) :]))
+    return out.reshape(math.prod(sizes[:n]), math.prod(sizes[n:]), *last)
 
 
-def _split(lead: Dim, batch: int) -> tuple[Dim, Dim]:
+def split(lead: Dim, batch: int) -> tuple[Dim, Dim]:
     """The atoms of the batch, and those of the heads."""
     n = 0
     while math.prod(a.size for a in lead[:n]) < batch:
@@ -202,7 +213,7 @@ def _split(lead: Dim, batch: int) -> tuple[Dim, Dim]:
     return lead[:n], lead[n:]
 
 
-def _varying(run: Any, x: Any) -> set[int]:
+def varying(run: Any, x: Any) -> set[int]:
     """The dimensions along which a mask has different entries, as far as its making shows."""
     shape = shape_of(x)
     sized = {d for d, n in enumerate(shape) if n != 1}
@@ -211,20 +222,20 @@ def _varying(run: Any, x: Any) -> set[int]:
         return sized
     if node.op == "broadcast_in_dim":
         dims = node.eqn.params["broadcast_dimensions"]
-        inner = _varying(run, node.inputs[0])
+        inner = varying(run, node.inputs[0])
         return {d for i, d in enumerate(dims) if i in inner}
     if node.op in ("transpose", "reshape", "squeeze"):
         return _moved(run, node, sized)
     if node.op == "iota":
         return {node.eqn.params["dimension"]} & sized
     if node.op in ELEMENTWISE and all(len(shape_of(v)) in (0, len(shape)) for v in node.inputs):
-        return set().union(*(_varying(run, v) for v in node.inputs if shape_of(v)))
+        return set().union(*(varying(run, v) for v in node.inputs if shape_of(v)))
     return sized
 
 
 def _moved(run: Any, node: Any, sized: set[int]) -> set[int]:
     """The same for an equation that only moves axes, `sized` in its result."""
-    inner = _varying(run, node.inputs[0])
+    inner = varying(run, node.inputs[0])
     if node.op == "transpose":
         return {d for d, i in enumerate(node.eqn.params["permutation"]) if i in inner}
     before = [i for i, n in enumerate(shape_of(node.inputs[0])) if n != 1]
@@ -238,7 +249,7 @@ def _squeezed(seen: jax.Array) -> jax.Array:
     return seen[:, 0] if seen.shape[1] == 1 else seen
 
 
-def _queries(run: Any, softmax: Softmax) -> tuple[jax.Array, list[Atom]]:
+def queries(run: Any, softmax: Softmax) -> tuple[jax.Array, list[Atom]]:
     """The queries ``[B, K, G, D]``, and the axes that G is made of."""
     node, side = softmax.dot, softmax.side
     contract, batch = node.eqn.params["dimension_numbers"]  # pyright: ignore
@@ -270,7 +281,7 @@ def query_shape(softmax: Softmax) -> tuple[int, str]:
     return math.prod(shape_of(q)) // (key.batch * key.heads * key.width), jnp.dtype(q.dtype).name
 
 
-def _arranged(
+def arranged(
     run: Any, found: Attention, softmax: Softmax, out: jax.Array, others: list[Atom]
 ) -> jax.Array:
     """``[B, N, D]`` as the last matmul lays it out."""

@@ -177,7 +177,7 @@ def _sources(start: Any) -> list[Any]:
     return [] if start is None or isinstance(start, str) else [start]
 
 
-def _made(run: CacheRun, x: Any) -> Node | None:
+def made(run: CacheRun, x: Any) -> Node | None:
     """The equation that made what is not a constant."""
     return run.made_by(x) if is_node(x) or isinstance(x, Tracer) else None
 
@@ -190,7 +190,7 @@ def _leaves(run: CacheRun, x: Any) -> Iterator[Any]:
         if id(v) in seen:
             continue
         seen.add(id(v))
-        node = _made(run, v)
+        node = made(run, v)
         if node is None:
             yield v
         else:
@@ -205,7 +205,7 @@ class _Numbers(Evaluation):
         self.run, self.given = run, given
 
     def __call__(self, x: Any, coords: Sequence[Coord]) -> Any:
-        node = None if id(x) in self.given else _made(self.run, x)
+        node = None if id(x) in self.given else made(self.run, x)
         if node is None:
             x = self.given[id(x)] if id(x) in self.given else np.asarray(x)
             index = [np.clip(index_array(c, 2), 0, n - 1) for c, n in zip(coords, x.shape)]

@@ -352,18 +352,24 @@ def _in_blocks(whole: Replay, labels: Labels, compute: Any) -> tuple[Any, Any]:
         return compute(whole)
     atom, size, axis = block
     memo = whole.independent(atom)
+    return by_blocks(
+        lambda start, n: compute(Replay(whole.run, whole.found, whole.rows, (atom, start, n), memo)),
+        atom.size, size, axis,
+    )  # fmt: skip
 
-    def part(start: Any, n: int) -> tuple[Any, Any]:
-        return compute(Replay(whole.run, whole.found, whole.rows, (atom, start, n), memo))
 
-    count = atom.size // size
+def by_blocks(part: Any, total: int, size: int, axis: int) -> tuple[Any, Any]:
+    """``part(start, n)``: an array of `n` entries along `axis`, and what is to be added up. The two for all entries."""
+    if size >= total:
+        return part(jnp.int32(0), total)
+    count = total // size
     starts = jnp.arange(count, dtype=jnp.int32) * size
     outs, stats = jax.lax.map(lambda s: part(s, size), starts)
     out = jnp.moveaxis(outs, 0, axis)
     out = out.reshape(*out.shape[:axis], count * size, *out.shape[axis + 2 :])
     stats = jax.tree.map(lambda x: x.sum(0), stats)
-    if count * size < atom.size:
-        last, more = part(jnp.int32(count * size), atom.size - count * size)
+    if count * size < total:
+        last, more = part(jnp.int32(count * size), total - count * size)
         out = jnp.concatenate([out, last], axis=axis)
         stats = jax.tree.map(jnp.add, stats, more)
     return out, stats

@@ -83,9 +83,10 @@ class Site:
       rows: new tokens in this call.
       form: the equations between the two matmuls.
       mask: its name, see `masks.mask_name`; "" where it was not asked for.
-      unusual: why no kernel can run it, see `fused.usual`; "" where one can.
+      unusual: why no kernel can run it, see `fused.usual`, `prefill.form`; "" where one can.
       group_size, dtype: of the queries: how many share a head of the cache, and their type; where a kernel can run it.
-      path: what runs it, see `fused.describe`; "" where it was not asked for.
+      structure: of the masks of many new tokens where the cache is empty, see `prefill.name`; "" where none is proved.
+      path: what runs it, see `fused.describe`, `prefill.describe`; "" where it was not asked for.
       keeps: what stores its new rows, see `fused.keeper`; "" where it was not asked for.
     """
 
@@ -97,6 +98,7 @@ class Site:
     unusual: str = ""
     group_size: int = 1
     dtype: str = "float32"
+    structure: str = ""
     path: str = ""
     keeps: str = ""
 

@@ -1,0 +1,30 @@
+"""What the benches of kernels run beside ours, with the clock put aside."""
+
+import importlib.util
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stowax.experiments import torch_peers, xla_peers
+from stowax.experiments.roofline import Roofline
+
+
+def test_roofline_says_which_bound_and_how_near():
+    limits = Roofline(tb_per_s=2.0, tflops=500.0)
+    assert limits.share(10.0, nbytes=10e6, flops=1e9) == {"roofline": 0.5, "bound": "memory"}
+    assert limits.share(10.0, nbytes=1e6, flops=4e9) == {"roofline": 0.8, "bound": "arithmetic"}
+
+
+def test_plain_jax_decodes_groups():
+    codes = np.arange(-8, 8, dtype=np.int8).reshape(4, 4)
+    scale = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.float32)
+    want = (codes * np.repeat(scale, 2, 0)).sum(0)
+    coded = jnp.asarray(codes).astype(jnp.int4), jnp.asarray(scale)
+    np.testing.assert_allclose(xla_peers.matmul(jnp.ones((1, 4)), coded)[0], want)
+
+
+def test_torch_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--torch: torch is not installed"):
+        torch_peers.rows("matmul", [(128, 128, 1)])
