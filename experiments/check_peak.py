@@ -1,10 +1,11 @@
-"""Predicted peak memory against XLA's, on the TPU compiler ahead of time: no TPU is needed.
+"""Predicted peak memory against XLA's, its compilers for TPU and GPU ahead of time: neither is needed.
 
-  python -m stowax.experiments.check_peak
+  python -m stowax.experiments.check_peak --device=v5e
+  python -m stowax.experiments.check_peak --device=h100
   python -m stowax.experiments.check_peak --programs=llama-decode,equinox-mlp-train --noresume
 
-Compiles the programs of `planner_programs` for v5e, needs `libtpu` (``pip install stowax[tpu]``), about 40 minutes
-for all on 2 cores; goes on where it stopped. ``XLA`` is the most bytes that the compiler has alive at once,
+Compiles the programs of `planner_programs`; `ahead` says what must be installed. About 40 minutes for all on 2 cores;
+goes on where it stopped. ``XLA`` is the most bytes that the compiler has alive at once,
 ``allocated`` what it asks for, with the gaps of its packing; ``of temporaries`` is the error of those alone (0 if
 there are none to speak of). ``plain`` is the error of plain liveness, every result written in
 program order. ``tuned`` programs were looked at while the rules were made. The second table corrects the prediction
@@ -27,17 +28,16 @@ from absl import app, flags
 from stowax import memory_planner
 from stowax.transforms.report import text_table
 
-from . import tpu_estimates
+from . import ahead
 from .planner_pictures import save_picture
 from .planner_programs import PROGRAMS, VARIANTS, Program
 from .results import Results
 
+DEVICE = flags.DEFINE_enum("device", "v5e", ahead.DEVICES, "For which device to compile.")
 NAMES = flags.DEFINE_list("programs", [], "Which; all by default.")
-OUT_JSON = flags.DEFINE_string("json", "out/check_peak.json", "Where the figures go.")
-OUT_PICTURE = flags.DEFINE_string("picture", "out/check_peak.png", "Where the picture goes.")
+OUT = flags.DEFINE_string("out", "out/check_peak", "Results, without device and ending.")
 RESUME = flags.DEFINE_bool("resume", True, "Keep the measurements that the JSON file has.")
 
-DEVICE = "v5e"
 HEADER = (
     "program",
     "set",
@@ -54,10 +54,8 @@ CORRECTED_HEADER = ("variant", "XLA MiB", "error %", "corrected by", "error %")
 def measure(program: Program) -> dict[str, Any]:
     """Compiles a program; bytes as XLA has them."""
     fn, args, donate = program.build()
-    on = tpu_estimates.sharding(DEVICE)
-    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on)
     start = time.perf_counter()
-    compiled = jax.jit(fn, donate_argnums=donate).lower(*jax.tree.map(place, args)).compile()
+    compiled = ahead.compile_for(DEVICE.value, fn, *args, donate=donate)
     return {
         "xla": memory_planner.live_peak(compiled),
         "allocated": memory_planner.memory_report(compiled).peak,
@@ -67,7 +65,7 @@ def measure(program: Program) -> dict[str, Any]:
 
 def predict(program: Program, **options: Any) -> memory_planner.Prediction:
     fn, args, donate = program.build()
-    return memory_planner.predict(fn, *args, donate=donate, device=DEVICE, **options)
+    return memory_planner.predict(fn, *args, donate=donate, device=DEVICE.value, **options)
 
 
 def compare(name: str, program: Program, measured: dict[str, Any]) -> dict[str, Any]:
@@ -153,9 +151,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def main(_: list[str]) -> None:
-    tpu_estimates.prepare()
-    settings = {"device": DEVICE, "jax": jax.__version__, "libtpu": libtpu_version()}
-    results = Results(Path(OUT_JSON.value), settings, resume=RESUME.value)
+    ahead.prepare()
+    out = f"{OUT.value}_{DEVICE.value}"
+    settings = {"device": DEVICE.value, "jax": jax.__version__} | ahead.compiler(DEVICE.value)
+    results = Results(Path(f"{out}.json"), settings, resume=RESUME.value)
     names = NAMES.value or list(PROGRAMS)
     for name in names:
         if not results.has(name):
@@ -170,13 +169,7 @@ def main(_: list[str]) -> None:
         print(f"{part}: {figures['programs']} programs, median error", end=" ")
         print(f"{figures['median']:.1f} %, worst {figures['worst']:.1f} %")
     print(text_table(CORRECTED_HEADER, [corrected_line(row) for row in variants]))
-    save_picture(Path(OUT_PICTURE.value), rows, predict(PROGRAMS[names[0]]), names[0])
-
-
-def libtpu_version() -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version("libtpu")
+    save_picture(Path(f"{out}.png"), rows, predict(PROGRAMS[names[0]]), names[0])
 
 
 if __name__ == "__main__":

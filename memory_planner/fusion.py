@@ -53,7 +53,7 @@ class _Fusion:
             Op, list[Value]
         ] = {}  # what ends in this operation: a product, nothing written yet
         self.users = users_through_views(block)
-        self.demanded = _demanded(block)
+        self.demanded = _demanded(block, rules)
         self.joins = Joins(block, self.users)
         self.ready = _ready(block)
 
@@ -270,7 +270,7 @@ def users_through_views(block: Block) -> dict[Value, list[Op]]:
     return users
 
 
-def _demanded(block: Block) -> set[Value]:
+def _demanded(block: Block, rules: Rules) -> set[Value]:
     """What must be written whatever the rules say: outputs, and what opaque operations read."""
     demanded = {v for v in block.outputs if not v.literal}
     for op in reversed(block.ops):
@@ -278,6 +278,6 @@ def _demanded(block: Block) -> set[Value]:
             demanded.update(s for s, t in zip(op.inputs, op.outputs) if t in demanded)
         elif op.name in UPDATES and not is_fusible(op):
             demanded.add(op.inputs[0])
-        elif reads_memory(op):
+        elif reads_memory(op) or (rules.products_read and op.name in MATRIX):
             demanded.update(v for v in op.inputs if not v.literal)
     return demanded

@@ -78,6 +78,7 @@ OPAQUE = frozenset(
         "pmax",
         "pmin",
         "device_put",
+        "move",
         "pure_callback",
         "io_callback",
     }

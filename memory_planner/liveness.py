@@ -46,10 +46,12 @@ class Lifetimes:
     Attributes:
       ops: the operations that write, in order; a loop's body stands, once, in the place of the loop.
       spans: the buffers.
+      results: for each output of the program, when its memory is in use: first by the argument that it replaces.
     """
 
     ops: tuple[Op, ...]
     spans: tuple[Span, ...]
+    results: tuple[tuple[Span, ...], ...] = ()
 
     @property
     def peak(self) -> int:
@@ -70,7 +72,24 @@ def lifetimes(graph: Graph, rules: Rules) -> Lifetimes:
     lives = _Lives(graph, rules)
     lives.kept = {lives.memory.home.get(v, v) for v in graph.outputs}
     lives.targets = {lives.memory.home.get(o, o): v for o, v in donations(graph).items()}
-    return lives.run()
+    found = lives.run()
+    if not rules.reuses_outputs:
+        return found
+    looped = {v for op in graph.ops if op.blocks for v in op.outputs}
+    own = [span for span in found.spans if span.value in looped]
+    rest = [span for span in found.spans if span.value not in looped]
+    return dataclasses.replace(found, spans=(*own, *_outside(rest, found.results)))
+
+
+def _outside(spans: Sequence[Span], results: Sequence[tuple[Span, ...]]) -> list[Span]:
+    """The buffers that don't lie where a result will be: the largest first, in the smallest that has room."""
+    busy = sorted(map(list, results), key=lambda group: group[0].nbytes)
+    left: list[Span] = []
+    for span in sorted(spans, key=lambda s: -s.nbytes):
+        free = lambda group: all(o.start >= span.end or span.start >= o.end for o in group)
+        host = next((g for g in busy if g[0].nbytes >= span.nbytes and free(g)), left)
+        host.append(span)
+    return left
 
 
 def donations(graph: Graph) -> dict[Value, Value]:
@@ -89,6 +108,7 @@ def donations(graph: Graph) -> dict[Value, Value]:
 def _body(op: Op, block: Block, rules: Rules) -> Lifetimes:
     """What one run of a body needs beside its operands, its carries and its results."""
     lives = _Lives(block, rules)
+    lives.is_body = op.name != "cond"
     if op.name == "cond":
         placed = block.outputs
     else:
@@ -111,7 +131,7 @@ class _Lives:
     """Buffers of one block.
 
     `kept` are values that lie in memory counted elsewhere, `targets` says which of them lie in a donated argument,
-    `reusable` are inputs that may be overwritten.
+    `reusable` are inputs that may be overwritten, `is_body` says that it runs in a loop.
     """
 
     def __init__(self, block: Block, rules: Rules):
@@ -120,6 +140,7 @@ class _Lives:
         self.kept: Set[Value] = set()
         self.targets: Mapping[Value, Value] = {}
         self.reusable: Set[Value] = set()
+        self.is_body = False
         self.given = {*block.inputs, *block.constants}
         self.returned = {self.memory.home.get(v, v) for v in block.outputs}
         self.users = users_through_views(block)
@@ -127,14 +148,33 @@ class _Lives:
     def run(self) -> Lifetimes:
         steps = steps_of(self.block, self.memory)
         if not self.rules.reorders:
-            return _flat(steps, self.spans(steps), self.rules)
-        homes = [self.memory.home.get(v, v) for v in self.block.outputs]
-        orders = [reordered(o, self.given | self.kept) for o in (steps, depth_first(steps, homes))]
-        lives = [_flat(order, self.spans(order), self.rules) for order in orders]
-        return min(lives, key=lambda one: one.peak)
+            return self.flat(steps)
+        pinned = self.given | self.kept
+        deep = depth_first(steps, [self.memory.home.get(v, v) for v in self.block.outputs])
+        if self.rules.by_outputs:
+            return self.flat(reordered(deep, pinned, eager_products=not self.is_body))
+        return min((self.flat(reordered(o, pinned)) for o in (steps, deep)), key=lambda x: x.peak)
+
+    def flat(self, steps: Sequence[Step]) -> Lifetimes:
+        lives, begins = _flat(steps, self.spans(steps), self.rules)
+        return dataclasses.replace(lives, results=tuple(self.results(steps, begins)))
+
+    def results(self, steps: Sequence[Step], begins: Sequence[int]) -> Iterator[tuple[Span, ...]]:
+        last = {v: i for i, s in enumerate(steps) for v in s.reads}
+        for i, step in enumerate(steps):
+            for v in step.writes:
+                if v not in self.kept or v.space == HOST:
+                    continue
+                own = Span(v.name, v.nbytes, begins[i], begins[-1], v)
+                old = self.targets.get(v)
+                before = [] if old is None else [old]
+                until = begins[last.get(old, -1) + 1]
+                yield (*(Span(old.name, old.nbytes, 0, until, old) for old in before), own)
 
     def spans(self, steps: Sequence[Step]) -> list[Span]:
         last = self.last_reads(steps)
+        reduces = [s for s in steps if s.op.name in REDUCTIONS]
+        self.reduced = {v: s.reads for s in reduces for v in s.writes}
         start: dict[Value, int] = {}
         end: dict[Value, int] = {}
         owner: dict[Value, Value] = {}  # in whose buffer a value lies
@@ -174,6 +214,8 @@ class _Lives:
         if not self.rules.fuses:
             return None
         for v in self.candidates(step, number, value):
+            if self.rules.fuses_norms and any(v in self.reduced.get(r, ()) for r in step.reads):
+                continue
             is_free = v not in self.given or v in self.reusable
             if is_free and v not in self.kept and last.get(v, i) <= i and v.space == value.space:
                 return v
@@ -207,8 +249,13 @@ def _carry(op: Op, value: Value) -> Value | None:
     return op.inputs[op.consts + at] if looped else None
 
 
-def _flat(steps: Sequence[Step], spans: Sequence[Span], rules: Rules) -> Lifetimes:
-    """Puts the bodies of loops, the larger branch of a `cond`, in the place of their step."""
+def _flat(
+    steps: Sequence[Step], spans: Sequence[Span], rules: Rules
+) -> tuple[Lifetimes, list[int]]:
+    """Puts the bodies of loops, the larger branch of a `cond`, in the place of their step.
+
+    Returns also where each step begins then, and where the last ends.
+    """
     ops: list[Op] = []
     inner: list[Span] = []
     begins: list[int] = []
@@ -220,7 +267,7 @@ def _flat(steps: Sequence[Step], spans: Sequence[Span], rules: Rules) -> Lifetim
         ops += body.ops or (step.op,)
     begins.append(len(ops))
     outer = [dataclasses.replace(s, start=begins[s.start], end=begins[s.end]) for s in spans]
-    return Lifetimes(tuple(ops), (*outer, *inner))
+    return Lifetimes(tuple(ops), (*outer, *inner)), begins
 
 
 def _shifted(span: Span, by: int) -> Span:

@@ -181,7 +181,7 @@ def predict(
     rules = rules or rules_for(target.backend)
     graph = fn if isinstance(fn, Graph) else trace(fn, *args, donate=donate)
     if rules.fuses:
-        block = simplify(graph)
+        block = simplify(graph, rules)
         graph = dataclasses.replace(graph, ops=block.ops, outputs=block.outputs)
     lives = lifetimes(graph, rules)
     inside = donations(graph)

@@ -22,6 +22,13 @@ class Rules:
       softmax_product_tile: where rows times the longest other axis take up to so many bytes, this is done together
         with the product before, which then is not written.
       rounds_products: what only matrix products read is written in their dtype, float32 as bfloat16.
+      hoists_casts: casts of stacks that a scan slices are made before it, if they make them narrower.
+      products_read: what a matrix product reads is written; nothing is fused into its operands.
+      copies_slices: a slice of a stack that a product reads is copied, early in the body.
+      fuses_norms: a reduction and what follows it elementwise are one kernel, which can't overwrite what it reads twice.
+      reuses_outputs: temporaries lie in results that are not written yet.
+      by_outputs: operations run in the order in which results need them, those of loops strictly.
+      joins_batches: an argument is copied where a product reads it whose batch axes are not next to each other.
       fuses: whether operations are fused at all, and buffers reused in place.
       reorders: whether an operation that frees memory runs as soon as it can.
     """
@@ -32,6 +39,13 @@ class Rules:
     softmax_row: int = 0
     softmax_product_tile: int = 0
     rounds_products: bool = False
+    hoists_casts: bool = True
+    products_read: bool = False
+    copies_slices: bool = False
+    fuses_norms: bool = False
+    reuses_outputs: bool = False
+    by_outputs: bool = False
+    joins_batches: bool = False
     fuses: bool = True
     reorders: bool = True
 

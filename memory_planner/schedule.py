@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence, Set
 
+from .cost import MATRIX
 from .fusion import Memory
 from .graph import Block, Op, Value
 from .kinds import VIEWS
@@ -48,14 +49,17 @@ def steps_of(block: Block, memory: Memory) -> list[Step]:
     return steps
 
 
-def reordered(steps: Sequence[Step], pinned: Set[Value]) -> list[Step]:
-    """Program order, but a step that frees more bytes than it takes runs once it can.
+def reordered(
+    steps: Sequence[Step], pinned: Set[Value], *, eager_products: bool = True
+) -> list[Step]:
+    """The given order, but a step that frees more bytes than it takes runs once it can.
 
     Args:
-      steps: in program order.
+      steps: in program order, or depth first.
       pinned: values whose memory is there from the start to the end: nothing is taken or freed with them.
+      eager_products: matrix products as well.
     """
-    return _Scheduler(steps, pinned).run()
+    return _Scheduler(steps, pinned, eager_products).run()
 
 
 def depth_first(steps: Sequence[Step], outputs: Sequence[Value]) -> list[Step]:
@@ -78,8 +82,8 @@ def depth_first(steps: Sequence[Step], outputs: Sequence[Value]) -> list[Step]:
 
 
 class _Scheduler:
-    def __init__(self, steps: Sequence[Step], pinned: Set[Value]):
-        self.steps, self.pinned = steps, pinned
+    def __init__(self, steps: Sequence[Step], pinned: Set[Value], eager_products: bool):
+        self.steps, self.pinned, self.eager_products = steps, pinned, eager_products
         maker = {v: i for i, s in enumerate(steps) for v in s.writes}
         self.followers: list[list[int]] = [[] for _ in steps]
         self.missing = [0] * len(steps)
@@ -114,7 +118,9 @@ class _Scheduler:
         return [j for j in touched if not self.done[j] and not self.missing[j] and self.gain(j) > 0]
 
     def gain(self, i: int) -> int:
-        """Bytes that a step frees beyond what it takes."""
+        """Bytes that a step frees beyond what it takes; none where it has to wait for its turn."""
         step = self.steps[i]
+        if step.op.name == "move" or (step.op.name in MATRIX and not self.eager_products):
+            return 0
         freed = sum(v.nbytes for v in step.reads if self.readers.get(v) == {i})
         return freed - sum(v.nbytes for v in step.writes if v not in self.pinned)

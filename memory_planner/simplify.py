@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Hashable
 from typing import Any
 
 import jax.numpy as jnp
 
+from .cost import MATRIX
+from .fusion import users_through_views
 from .graph import Block, Op, Value
-from .kinds import UPDATES
+from .kinds import UPDATES, VIEWS
+from .rules import Rules
 
 # The same operands give other results, or the call itself matters.
 _IMPURE = frozenset(
@@ -17,10 +22,13 @@ _IMPURE = frozenset(
 )
 
 
-def simplify(block: Block) -> Block:
+def simplify(block: Block, rules: Rules) -> Block:
     """`block` without dead and repeated operations; values keep their identity."""
-    block = without_repeats(with_narrow_stacks(with_sunk_broadcasts(block)))
-    return without_dead(with_own_broadcasts(block))
+    block = with_sunk_broadcasts(block)
+    block = without_repeats(with_narrow_stacks(block) if rules.hoists_casts else block)
+    block = without_dead(with_own_broadcasts(block))
+    block = with_joined_batches(block) if rules.joins_batches else block
+    return with_copied_slices(block) if rules.copies_slices else block
 
 
 def without_dead(block: Block) -> Block:
@@ -208,3 +216,77 @@ def with_own_broadcasts(block: Block) -> Block:
             op = dataclasses.replace(op, inputs=tuple(inputs))
         ops.append(op)
     return dataclasses.replace(block, ops=tuple(ops))
+
+
+def with_copied_slices(block: Block) -> Block:
+    """Copies the slices of a scan's stacks that matrix products read, at the begin of its body."""
+    ops = []
+    for op in block.ops:
+        op = dataclasses.replace(op, blocks=tuple(map(with_copied_slices, op.blocks)))
+        if op.name == "scan":
+            op = dataclasses.replace(op, blocks=(_copied(op.blocks[0], op.consts + op.carries),))
+        ops.append(op)
+    return dataclasses.replace(block, ops=tuple(ops))
+
+
+def _copied(body: Block, first: int) -> Block:
+    users = users_through_views(body)
+    read = [v for v in body.inputs[first:] if any(u.name in MATRIX for u in users.get(v, ()))]
+    copies = {v: dataclasses.replace(v, name=f"{v.name}.slice") for v in read}
+    ops = [
+        dataclasses.replace(op, inputs=tuple(copies.get(v, v) for v in op.inputs))
+        for op in body.ops
+    ]
+    made = [Op("move", (v,), (copy,)) for v, copy in copies.items()]
+    return dataclasses.replace(body, ops=(*made, *ops))
+
+
+def with_joined_batches(program: Block) -> Block:
+    """Copies arguments that batched products can't read as they lie, and back what of them is returned.
+
+    Such a product takes one batch axis, so its batch axes must be next to each other in memory: a cache `[B, T, H, D]`
+    is moved to `[B, H, T, D]`, all layers of it before the scan over them.
+    """
+    source = {v: v for v in program.inputs}
+    split = _split(program, source)
+    copies = {v: dataclasses.replace(v, name=f"{v.name}.moved") for v in split}
+    back = {
+        v: dataclasses.replace(v, name=f"{v.name}.moved")
+        for v in program.outputs
+        if source.get(v) in split and v not in split
+    }
+    ops: list[Op] = []
+    ahead = dict(copies)
+    for op in program.ops:
+        ops += [Op("move", (v,), (ahead.pop(v),)) for v in dict.fromkeys(op.inputs) if v in ahead]
+        ops.append(dataclasses.replace(op, inputs=tuple(copies.get(v, v) for v in op.inputs)))
+    ops += [Op("move", (v,), (moved,)) for v, moved in back.items()]
+    outputs = tuple(back.get(v, v) for v in program.outputs)
+    return dataclasses.replace(program, ops=tuple(ops), outputs=outputs)
+
+
+def _split(block: Block, source: dict[Value, Value]) -> set[Value]:
+    """The arguments of the program that a product of `block` reads with its batch axes apart.
+
+    Args:
+      source: for values that are an argument, seen or updated, that argument; what `block` makes of them is added.
+    """
+    found: set[Value] = set()
+    for op in block.ops:
+        if op.name in VIEWS or op.name in UPDATES:
+            source.update({o: source[v] for v, o in zip(op.inputs, op.outputs) if v in source})
+        elif op.name == "dot_general":
+            sides = zip(op.inputs, op.params["dimension_numbers"][1])
+            found |= {source[v] for v, batch in sides if v in source and _are_apart(v, batch)}
+        elif op.name == "scan":
+            body = op.blocks[0]
+            source.update({b: source[v] for v, b in zip(op.inputs, body.inputs) if v in source})
+            found |= _split(body, source)
+            results = zip(op.outputs, body.outputs)
+            source.update({o: source[b] for o, b in results if b in source})
+    return found
+
+
+def _are_apart(value: Value, batch: tuple[int, ...]) -> bool:
+    axes = [a for a in batch if value.shape[a] > 1]
+    return any(math.prod(value.shape[a + 1 : b]) > 1 for a, b in itertools.pairwise(sorted(axes)))
