@@ -152,6 +152,8 @@ class _Lives:
         pinned = self.given | self.kept
         deep = depth_first(steps, [self.memory.home.get(v, v) for v in self.block.outputs])
         if self.rules.by_outputs:
+            if any(op.name == "device_put" for op in self.block.ops):
+                return self.flat(deep)
             return self.flat(reordered(deep, pinned, eager_products=not self.is_body))
         return min((self.flat(reordered(o, pinned)) for o in (steps, deep)), key=lambda x: x.peak)
 
