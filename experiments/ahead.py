@@ -57,13 +57,22 @@ def sharding(device: str) -> NamedSharding:
     return NamedSharding(Mesh(found.devices, "x"), PartitionSpec())
 
 
+class _InHost(NamedSharding):
+    """In host memory. A device that isn't here doesn't know its memories, so jax would forget the kind."""
+
+    memory_kind = property(lambda self: "pinned_host")
+
+
 def placed(device: str, tree: Any) -> Any:
     """The shapes of a pytree of arrays and types, on `device`, each in the memory of its type."""
     on = sharding(device)
+    host = _InHost(
+        Mesh(on.mesh.devices, "host"), on.spec
+    )  # another mesh, or the two would be equal
 
     def place(leaf: Any) -> Any:
-        kind = "pinned_host" if on_host(leaf) else "device"
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on.with_memory_kind(kind))
+        where = host if on_host(leaf) else on
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree.map(lambda leaf: place(leaf) if hasattr(leaf, "shape") else leaf, tree)
 

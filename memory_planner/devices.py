@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 
@@ -21,6 +22,7 @@ class Device:
     Attributes:
       name: as in `device(name)`.
       source: where the figures come from.
+      kind: a part of what jax calls such a device.
       backend: `gpu`, `tpu` or `cpu`: whose compiler's rules hold.
       hbm_bytes: its memory, bytes.
       host_bytes: the share of the host's memory that one device can use, bytes.
@@ -33,6 +35,7 @@ class Device:
 
     name: str
     source: str
+    kind: str
     backend: str
     hbm_bytes: int
     host_bytes: int
@@ -42,6 +45,11 @@ class Device:
     overlap: float
     flops: Mapping[str, float]
     vector_flops: float
+
+    @property
+    def is_here(self) -> bool:
+        """Whether jax runs on such a device."""
+        return self.kind in jax.devices()[0].device_kind
 
     def peak(self, dtype: Any) -> float:
         """Flop/s of a matrix product of `dtype` operands.
@@ -93,7 +101,7 @@ def _calibrated(fields: dict[str, Any], measured: str | Path | Mapping[str, Any]
     given = {key: value for key, value in measured.items() if key != "flops"}
     if unknown := sorted(given.keys() - fields.keys() - {"name"}):
         raise ValueError(f"`measured` has {unknown}; a device has {sorted(fields)}.")
-    texts = ("name", "source", "backend")
+    texts = ("name", "source", "kind", "backend")
     figures = {key: value for key, value in given.items() if key not in texts} | flops
     if bad := [k for k, v in figures.items() if not (_is_positive(v) or (k, v) == ("overlap", 0))]:
         raise ValueError(f"`measured` must give positive numbers, which these are not: {bad}.")

@@ -16,6 +16,7 @@ class Rules:
 
     Attributes:
       source: what they were fitted on.
+      median_error, worst_error: of peaks against the compiler's, as shares; None where they were not compared.
       duplicate_inputs: a value is computed again in every user while that reads at most so many large arrays.
       large_fraction: an operand counts as large from this fraction of the value's bytes on.
       softmax_row: rows up to so many elements are exponentiated and summed at once, the exponentials written.
@@ -34,6 +35,8 @@ class Rules:
     """
 
     source: str
+    median_error: float | None = None
+    worst_error: float | None = None
     duplicate_inputs: int = 0
     large_fraction: float = 0.25
     softmax_row: int = 0
@@ -48,6 +51,13 @@ class Rules:
     joins_batches: bool = False
     fuses: bool = True
     reorders: bool = True
+
+    @property
+    def accuracy(self) -> str:
+        """How far off predictions by these rules are, in words."""
+        if self.median_error is None or self.worst_error is None:
+            return "never compared with the compiler"
+        return f"off by {self.median_error:.0%} in the median, {self.worst_error:.0%} at most"
 
 
 # Plain liveness: every result is written where the program has it, and freed after its last use.

@@ -61,7 +61,8 @@ class Plan:
       fingerprint: of the program; `apply` takes no other.
       timelines: bytes over the operations by tensor, before and after.
       boxes: where the largest temporaries can lie, after.
-      measured: peak of the compiled program, bytes; None where it was not asked for.
+      accuracy: how far off predictions are for this device, in words.
+      measured: peak of the compiled program, bytes; None where it was not compiled.
       formats: of weights and caches, where some were allowed.
       roles: which arguments hold these; None without formats.
       streamed: arguments that live on the host and are fetched part by part, by path; see `place`.
@@ -83,10 +84,21 @@ class Plan:
     fingerprint: str
     timelines: tuple[tuple[Band, ...], tuple[Band, ...]] = ((), ())
     boxes: tuple[Box, ...] = ()
+    accuracy: str = ""
     measured: int | None = None
     streamed: tuple[str, ...] = ()
     formats: tuple[Format, ...] = ()
     roles: Roles | None = None
+
+    @property
+    def peak(self) -> int:
+        """Bytes of device memory: the compiler's figure where there is one, else what is predicted."""
+        return self.after if self.measured is None else self.measured
+
+    @property
+    def correction(self) -> float:
+        """The compiler's peak as a share of what was predicted; 1 where it was not compiled."""
+        return self.peak / self.after if self.after else 1.0
 
     @property
     def gap(self) -> float:
@@ -145,13 +157,19 @@ class Plan:
     def __repr__(self) -> str:
         return str(self)
 
+    @property
+    def evidence(self) -> str:
+        """What the peak rests on, in words."""
+        if self.measured is None:
+            return f"the peak is predicted, not compiled ({self.accuracy}); `measure=True` compiles and keeps the budget"
+        return f"the peak is the compiler's; {format_bytes(self.after)} were predicted (x {self.correction:.3f})"
+
     def __str__(self) -> str:
         budget = "" if self.budget is None else f" of {format_bytes(self.budget)}"
-        measured = "" if self.measured is None else f", {format_bytes(self.measured)} compiled"
         lines = [
-            f"{self.strategy} plan for {self.device}: peak {format_bytes(self.before)} -> {format_bytes(self.after)}"
-            f"{budget}{measured}, a step {1e3 * self.step_before:.2f} -> {1e3 * self.step_after:.2f} ms at peak rates, "
-            "predicted",
+            f"{self.strategy} plan for {self.device}: peak {format_bytes(self.before)} -> {format_bytes(self.peak)}"
+            f"{budget}, a step {1e3 * self.step_before:.2f} -> {1e3 * self.step_after:.2f} ms at peak rates",
+            self.evidence,
             f"keeping and making again: {1e3 * self.seconds:.3f} ms, no less than {1e3 * self.bound:.3f}"
             f" (gap {self.gap:.1%})",
         ]

@@ -28,6 +28,7 @@ from .search import BudgetError, Search, by_shares
 from .timeline import bands
 
 _COMPILATIONS = 4
+_NEAR = 0.95  # of a budget: a plan that needs less than that was not held back by it
 
 
 def plan(
@@ -39,7 +40,7 @@ def plan(
     donate: int | Sequence[int] = (),
     encode: str = "",
     strategy: str = "optimal",
-    measure: bool = False,
+    measure: bool | None = None,
     correction: float = 1.0,
     time_limit: float = 30.0,
     weights: Sequence[str] = (),
@@ -64,8 +65,8 @@ def plan(
       encode: name of a codec ("int8-g128") that values may be kept in; "" for none. The only choice that changes
         results.
       strategy: "optimal", or a baseline: one of `BASELINES`.
-      measure: compile the planned program here and read the compiler's own peak; where that is above `hbm`, plan again
-        for so much less, until it is not.
+      measure: compile the planned program and read the compiler's own peak; where that is above `hbm`, or far below,
+        plan again with what was learned. None does so where jax runs on `device`.
       correction: factor on predicted temporaries, from `Prediction.corrected` of a compiled program.
       time_limit: seconds for all solves together.
       weights: codecs that the weights may be stored in, the best liked first: ``("int8", "int4-g128")``. Before them
@@ -93,6 +94,11 @@ def plan(
         raise ValueError(
             f"`strategy` is {strategy!r}; expected 'optimal' or one of {sorted(BASELINES)}"
         )
+    if measure and not target.is_here:
+        raise ValueError(
+            f"`measure` compiles here, for {jax.devices()[0].device_kind}, and `device` is {target.name}: plan on such a "
+            "device, or leave `measure` out"
+        )
     if least not in ("loss", "seconds"):
         raise ValueError(f"`least` is {least!r}; expected 'loss' or 'seconds'")
     budget = target.hbm_bytes if hbm is None else parse_bytes(hbm, "hbm")
@@ -113,7 +119,8 @@ def plan(
         make = lambda budget: _joint(fn, shapes, roles, table, own, search, budget, least)
     else:
         make = own
-    return _measured(make, budget, fn, args, donate) if measure else make(budget)
+    measured = target.is_here if measure is None else measure
+    return _measured(make, budget, fn, args, donate) if measured else make(budget)
 
 
 def _place(fn: Callable[..., Any], key: int | str, count: int) -> int:
@@ -191,19 +198,40 @@ def _shapes(args: Any) -> Any:
 
 
 def _measured(make: Callable[[int], Plan], budget: int, fn: Any, args: Any, donate: Any) -> Plan:
-    """The plan whose compiled program is within the budget."""
-    target, over = budget, 0
+    """The fastest plan found whose compiled program is within the budget.
+
+    What a prediction was off by is taken off the budget, or added to it, for the next.
+    """
+    tried: dict[str, Plan] = {}
+    target = budget
     for _ in range(_COMPILATIONS):
-        found = make(target)
-        planned = found.apply(fn)
-        given = planned.prepare(*_shapes(args))
-        compiled = jax.jit(planned, donate_argnums=donate).lower(*given).compile()
-        peak = memory_report(compiled).peak
-        if peak <= budget:
-            return dataclasses.replace(found, budget=budget, measured=peak)
-        over = peak - budget
-        target -= over
-    raise ValueError(
-        f"`hbm` is {format_bytes(budget)}, and after {_COMPILATIONS} compilations the peak is still "
-        f"{format_bytes(over)} above it: give {format_bytes(budget + over)}, or `host` memory"
-    )
+        try:
+            found = make(target)
+        except BudgetError:
+            if not tried:
+                raise
+            break
+        key = repr((found.kept, found.streamed, found.formats))
+        if key in tried:
+            break
+        peak = _compiled_peak(found, fn, args, donate)
+        tried[key] = dataclasses.replace(found, budget=budget, measured=peak)
+        if peak <= budget and (peak >= _NEAR * budget or found.after < _NEAR * target):
+            break
+        target = budget + found.after - peak
+    fitting = [found for found in tried.values() if found.peak <= budget]
+    if not fitting:
+        least = min(found.peak for found in tried.values())
+        raise BudgetError(
+            f"`hbm` is {format_bytes(budget)}, and the least peak of {len(tried)} compiled plans is {format_bytes(least)}: "
+            "give so much, or `host` memory",
+            least,
+        )
+    return min(fitting, key=lambda found: found.step_after)
+
+
+def _compiled_peak(plan: Plan, fn: Any, args: Any, donate: Any) -> int:
+    planned = plan.apply(fn)
+    given = planned.prepare(*_shapes(args))
+    compiled = jax.jit(planned, donate_argnums=donate).lower(*given).compile()
+    return memory_report(compiled).peak

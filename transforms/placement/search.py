@@ -19,6 +19,7 @@ from stowax.memory_planner import (
     choose,
     format_bytes,
     predict,
+    rules_for,
 )
 from stowax.pallas_kernels import codecs
 
@@ -253,4 +254,5 @@ class Search:
             fingerprint=self.flat.fingerprint,
             timelines=(bands(self.before), bands(prediction)),
             boxes=boxes(prediction),
+            accuracy=rules_for(self.device.backend).accuracy,
         )
