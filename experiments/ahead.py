@@ -67,7 +67,7 @@ def placed(device: str, tree: Any) -> Any:
     """The shapes of a pytree of arrays and types, on `device`, each in the memory of its type."""
     on = sharding(device)
     host = _InHost(
-        Mesh(on.mesh.devices, "host"), on.spec
+        Mesh(list(on.device_set), "host"), on.spec
     )  # another mesh, or the two would be equal
 
     def place(leaf: Any) -> Any:

@@ -9,8 +9,9 @@ unless a plan says so. Modes: `device` is the step as it is; `offload` is `sx.of
 memory. The floor is the bytes of what is on the host over the measured rates of one large copy each way. `--check`
 compares the gradients of the first step, as Adam's first moments have them, with those of the first mode: the norm of
 the difference over theirs. (Parameters would not do: the first steps of Adam go by signs of gradients, and where one
-is next to 0 its sign is that of a rounding.) With `--dtype=float32` that is 1e-6 or less. The second command is a model of 6 billion
-parameters: parameters, gradients and state take 97 GB. Writes out/bench_optimizer.json. One H100: 5 minutes each;
+is next to 0 its sign is that of a rounding.) With `--dtype=float32` only rounding of its last bits is left. The
+second command is a model of 6 billion parameters:
+parameters, gradients and state take 97 GB. Writes out/bench_optimizer.json. One H100: 5 minutes each;
 what to expect is in docs/plans.md.
 """
 

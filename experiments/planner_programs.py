@@ -410,7 +410,7 @@ PROGRAMS: Mapping[str, Program] = {
         llama_train, _SHALLOW, 8, 1024, scan=False, policy="full"
     ),
     "llama-train-offload-dots": held_out(llama_train, _WIDE, 4, 1024, policy="offload_dots"),
-    "llama-decode-unrolled": held_out(llama_step, _SMALL, 64, 1, 4096, scan=False),
+    "llama-decode-unrolled": tuned(llama_step, _SMALL, 64, 1, 4096, scan=False),
     "soft-moe-train": held_out(soft_moe_train, 8, 1024, 1024, 2816, 8, 2),
     "vit-linen-train": held_out(linen_train, ViT(1024, 16, 8), 64, 256),
     "vit-linen-remat": held_out(linen_train, ViT(1024, 16, 8, remat=True), 128, 256),

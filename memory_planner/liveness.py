@@ -86,10 +86,14 @@ def _outside(spans: Sequence[Span], results: Sequence[tuple[Span, ...]]) -> list
     busy = sorted(map(list, results), key=lambda group: group[0].nbytes)
     left: list[Span] = []
     for span in sorted(spans, key=lambda s: -s.nbytes):
-        free = lambda group: all(o.start >= span.end or span.start >= o.end for o in group)
-        host = next((g for g in busy if g[0].nbytes >= span.nbytes and free(g)), left)
+        host = next((group for group in busy if _has_room(group, span)), left)
         host.append(span)
     return left
+
+
+def _has_room(group: Sequence[Span], span: Span) -> bool:
+    apart = all(other.start >= span.end or span.start >= other.end for other in group)
+    return apart and group[0].nbytes >= span.nbytes
 
 
 def donations(graph: Graph) -> dict[Value, Value]:
@@ -149,13 +153,15 @@ class _Lives:
         steps = steps_of(self.block, self.memory)
         if not self.rules.reorders:
             return self.flat(steps)
-        pinned = self.given | self.kept
         deep = depth_first(steps, [self.memory.home.get(v, v) for v in self.block.outputs])
-        if self.rules.by_outputs:
-            if any(op.name == "device_put" for op in self.block.ops):
-                return self.flat(deep)
-            return self.flat(reordered(deep, pinned, eager_products=not self.is_body))
-        return min((self.flat(reordered(o, pinned)) for o in (steps, deep)), key=lambda x: x.peak)
+        if self.rules.by_outputs and any(op.name == "device_put" for op in self.block.ops):
+            return self.flat(deep)
+        loops = self.is_body or any(op.blocks for op in self.block.ops)
+        orders = (deep,) if self.rules.by_outputs or loops else (steps, deep)
+        eager = not (self.rules.by_outputs and self.is_body)
+        pinned = self.given | self.kept
+        lives = [self.flat(reordered(order, pinned, eager_products=eager)) for order in orders]
+        return min(lives, key=lambda one: one.peak)
 
     def flat(self, steps: Sequence[Step]) -> Lifetimes:
         lives, begins = _flat(steps, self.spans(steps), self.rules)
@@ -168,10 +174,9 @@ class _Lives:
                 if v not in self.kept or v.space == HOST:
                     continue
                 own = Span(v.name, v.nbytes, begins[i], begins[-1], v)
-                old = self.targets.get(v)
-                before = [] if old is None else [old]
-                until = begins[last.get(old, -1) + 1]
-                yield (*(Span(old.name, old.nbytes, 0, until, old) for old in before), own)
+                replaced = [self.targets[v]] if v in self.targets else []
+                ends = [begins[last.get(old, -1) + 1] for old in replaced]
+                yield (*(Span(o.name, o.nbytes, 0, end, o) for o, end in zip(replaced, ends)), own)
 
     def spans(self, steps: Sequence[Step]) -> list[Span]:
         last = self.last_reads(steps)

@@ -26,9 +26,10 @@ class Rules:
       hoists_casts: casts of stacks that a scan slices are made before it, if they make them narrower.
       products_read: what a matrix product reads is written; nothing is fused into its operands.
       copies_slices: a slice of a stack that a product reads is copied, early in the body.
-      fuses_norms: a reduction and what follows it elementwise are one kernel, which can't overwrite what it reads twice.
+      fuses_norms: a reduction and what follows it elementwise are one kernel, which can't overwrite what it reads.
       reuses_outputs: temporaries lie in results that are not written yet.
-      by_outputs: operations run in the order in which results need them, those of loops strictly.
+      by_outputs: straight code too runs in the order in which results need it, as loops and programs of loops do;
+        products of loops, and everything beside transfers, strictly.
       joins_batches: an argument is copied where a product reads it whose batch axes are not next to each other.
       fuses: whether operations are fused at all, and buffers reused in place.
       reorders: whether an operation that frees memory runs as soon as it can.

@@ -32,6 +32,13 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, HOST) if large(x) else x, tree)
 
 
+def placement(leaf: Any) -> Any:
+    """What `in_shardings` says of an argument in host memory, where compilers look for it; None for others."""
+    if not on_host(leaf):
+        return None
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+
+
 def host_type(leaf: Any) -> Any:
     """The type of a leaf in host memory, which traces as it does."""
     return jax.typeof(jnp.empty((), leaf.dtype)).update(shape=leaf.shape, memory_space=HOST)

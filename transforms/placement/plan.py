@@ -161,7 +161,10 @@ class Plan:
     def evidence(self) -> str:
         """What the peak rests on, in words."""
         if self.measured is None:
-            return f"the peak is predicted, not compiled ({self.accuracy}); `measure=True` compiles and keeps the budget"
+            return (
+                f"the peak is predicted, not compiled ({self.accuracy}); where {self.device} is, `measure=True` keeps "
+                "to the budget as compiled"
+            )
         return f"the peak is the compiler's; {format_bytes(self.after)} were predicted (x {self.correction:.3f})"
 
     def __str__(self) -> str:

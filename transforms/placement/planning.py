@@ -23,6 +23,7 @@ from . import options
 from .baselines import BASELINES
 from .flat import flatten
 from .formats import Format, Roles, composed, converted
+from .memory import placement
 from .plan import Plan
 from .search import BudgetError, Search, by_shares
 from .timeline import bands
@@ -96,8 +97,8 @@ def plan(
         )
     if measure and not target.is_here:
         raise ValueError(
-            f"`measure` compiles here, for {jax.devices()[0].device_kind}, and `device` is {target.name}: plan on such a "
-            "device, or leave `measure` out"
+            f"`measure` compiles here, for {jax.devices()[0].device_kind}, and `device` is {target.name}: plan on "
+            "such a device, or leave `measure` out"
         )
     if least not in ("loss", "seconds"):
         raise ValueError(f"`least` is {least!r}; expected 'loss' or 'seconds'")
@@ -223,8 +224,8 @@ def _measured(make: Callable[[int], Plan], budget: int, fn: Any, args: Any, dona
     if not fitting:
         least = min(found.peak for found in tried.values())
         raise BudgetError(
-            f"`hbm` is {format_bytes(budget)}, and the least peak of {len(tried)} compiled plans is {format_bytes(least)}: "
-            "give so much, or `host` memory",
+            f"`hbm` is {format_bytes(budget)}, and the least peak of {len(tried)} compiled plans is "
+            f"{format_bytes(least)}: give so much, or `host` memory",
             least,
         )
     return min(fitting, key=lambda found: found.step_after)
@@ -233,5 +234,7 @@ def _measured(make: Callable[[int], Plan], budget: int, fn: Any, args: Any, dona
 def _compiled_peak(plan: Plan, fn: Any, args: Any, donate: Any) -> int:
     planned = plan.apply(fn)
     given = planned.prepare(*_shapes(args))
-    compiled = jax.jit(planned, donate_argnums=donate).lower(*given).compile()
+    places = jax.tree.map(placement, given)
+    jitted = jax.jit(planned, donate_argnums=donate, in_shardings=places)
+    compiled = jitted.lower(*given).compile()
     return memory_report(compiled).peak
