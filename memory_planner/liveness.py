@@ -156,8 +156,9 @@ class _Lives:
         deep = depth_first(steps, [self.memory.home.get(v, v) for v in self.block.outputs])
         if self.rules.by_outputs and any(op.name == "device_put" for op in self.block.ops):
             return self.flat(deep)
-        loops = self.is_body or any(op.blocks for op in self.block.ops)
-        orders = (deep,) if self.rules.by_outputs or loops else (steps, deep)
+        in_place = any(s.op.name in UPDATES and s.op.inputs[0] in self.reusable for s in steps)
+        ordered = self.rules.by_outputs or self.is_body
+        orders = (deep,) if ordered and not in_place else (steps, deep)
         eager = not (self.rules.by_outputs and self.is_body)
         pinned = self.given | self.kept
         lives = [self.flat(reordered(order, pinned, eager_products=eager)) for order in orders]

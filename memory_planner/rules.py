@@ -28,8 +28,8 @@ class Rules:
       copies_slices: a slice of a stack that a product reads is copied, early in the body.
       fuses_norms: a reduction and what follows it elementwise are one kernel, which can't overwrite what it reads.
       reuses_outputs: temporaries lie in results that are not written yet.
-      by_outputs: straight code too runs in the order in which results need it, as loops and programs of loops do;
-        products of loops, and everything beside transfers, strictly.
+      by_outputs: the program too runs in the order in which results need it, as bodies of loops do; products of
+        loops, and everything beside transfers, strictly.
       joins_batches: an argument is copied where a product reads it whose batch axes are not next to each other.
       fuses: whether operations are fused at all, and buffers reused in place.
       reorders: whether an operation that frees memory runs as soon as it can.
