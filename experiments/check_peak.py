@@ -35,7 +35,7 @@ from .results import Results
 
 DEVICE = flags.DEFINE_enum("device", "v5e", ahead.DEVICES, "For which device to compile.")
 NAMES = flags.DEFINE_list("programs", [], "Which; all by default.")
-OUT = flags.DEFINE_string("out", "out/check_peak", "Results, without device and ending.")
+RESULTS = flags.DEFINE_string("results", "out/check_peak", "Without device and ending.")
 RESUME = flags.DEFINE_bool("resume", True, "Keep the measurements that the JSON file has.")
 
 HEADER = (
@@ -152,7 +152,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def main(_: list[str]) -> None:
     ahead.prepare()
-    out = f"{OUT.value}_{DEVICE.value}"
+    out = f"{RESULTS.value}_{DEVICE.value}"
     settings = {"device": DEVICE.value, "jax": jax.__version__} | ahead.compiler(DEVICE.value)
     results = Results(Path(f"{out}.json"), settings, resume=RESUME.value)
     names = NAMES.value or list(PROGRAMS)
