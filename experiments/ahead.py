@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import os
 from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
@@ -31,7 +30,7 @@ DEVICES = ("h100", *tpu_estimates.CHIPS)
 
 def prepare() -> None:
     """Sets what jax and the compilers read when they are loaded: nothing is to run on a device."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
     tpu_estimates.prepare()
 
 

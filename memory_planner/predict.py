@@ -1,8 +1,8 @@
 """Predicts the peak memory of a program from its jaxpr, before anything is compiled.
 
 The rules are those of XLA's compilers for TPU and GPU: simplify, decide what is written to memory (`fusion`), put it in
-order (`schedule`), and see what is alive together (`liveness`). Compilers change, so a prediction can be corrected by one
-measurement, and the correction be carried over to variants of the program.
+order (`schedule`), and see what is alive together (`liveness`). Compilers change, so a prediction can be corrected by
+one measurement, and the correction be carried over to variants of the program.
 """
 
 from __future__ import annotations
