@@ -23,17 +23,19 @@ def selected(name, **options):
 
 METHODS = {
     "int8": sx.recipes.int8(),
-    "rotated": sx.recipes.int4(16, rotate=True),
     "residual and sinks": sx.recipes.kivi(bits=4, group=16, residual=16, sinks=3),
-    "levels": sx.recipes.kv2(residual=32, sinks=2),
     "h2o": selected("h2o"),
     "adakv": selected("adakv", window=8),
 }
 SLOW = {
-    "tova": selected("tova"),
-    "scissorhands": selected("scissorhands", recent=8),
+    "levels": sx.recipes.kv2(residual=32, sinks=2),
     "pyramidkv": selected("pyramidkv", window=8),
     "keydiff": selected("keydiff", sinks=2),
+}
+BY_HAND = {
+    "rotated": sx.recipes.int4(16, rotate=True),
+    "tova": selected("tova"),
+    "scissorhands": selected("scissorhands", recent=8),
 }
 
 
@@ -61,10 +63,15 @@ def run(method, fuse: bool, monkeypatch, calls=(37, 1, 1, 1, 1, 1)):
 
 
 @pytest.mark.parametrize(
-    "name", [*METHODS, *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)]
+    "name",
+    [
+        *METHODS,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW),
+        *(pytest.param(n, marks=[pytest.mark.slow, pytest.mark.by_hand]) for n in BY_HAND),
+    ],
 )
 def test_equals_replay(name, monkeypatch):
-    method = (METHODS | SLOW)[name]
+    method = (METHODS | SLOW | BY_HAND)[name]
     got, table = run(method, True, monkeypatch)
     want, _ = run(method, False, monkeypatch)
     for a, b in zip(got, want, strict=True):

@@ -48,9 +48,12 @@ HOST = {
 }
 METHODS = CODECS | SELECTORS | BOTH | MERGED | HOST
 # Selectors whose scores are of a row alone: how a text is cut into calls changes nothing.
-BY_ROW = ("streaming", "knorm")
 
 every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def by_hand(name):
+    return pytest.param(name, marks=[pytest.mark.slow, pytest.mark.by_hand])
 
 
 def model(layers=1, **changes):
@@ -108,7 +111,7 @@ def test_a_prompt_is_exact_and_decoding_close(name):
     assert error < 1e-6 if lossless else 1e-6 < error < 0.7
 
 
-@pytest.mark.parametrize("name", ["kivi", "think", "adakv", "h2o-int8"])
+@pytest.mark.parametrize("name", ["kivi", by_hand("think"), "adakv", by_hand("h2o-int8")])
 def test_batched_equals_single(name):
     np.testing.assert_allclose(two_calls(name)[1:], two_calls(name, 1), atol=2e-5)
 
@@ -185,9 +188,9 @@ def _cache(name, batch):
     return made(name, batch=batch)[1]
 
 
-# Chunks of a prompt give the cache of the whole: codecs and BY_ROW. Not `think`, whose first call chooses channels, and
-# not selectors that look at what a call's queries or neighbours were.
-@pytest.mark.parametrize("name", ["kivi", "kv2", "xquant", *BY_ROW])
+# Chunks of a prompt give the cache of the whole: codecs, and selectors that score row by row. Not `think`, whose first
+# call chooses channels, and not selectors that look at what a call's queries or neighbours were.
+@pytest.mark.parametrize("name", ["kivi", by_hand("kv2"), "xquant", by_hand("streaming"), "knorm"])
 def test_how_a_text_is_cut_into_calls_changes_nothing(name):
     """With one layer keys and values do not depend on what was attended to: the caches must be equal."""
     whole = read(*_first(name, 2), TOKENS[:, :80], _cache(name, 2), ())[1]
