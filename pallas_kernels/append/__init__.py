@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from ..checks import check_implementation
 from . import dispatch
 from .dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
 from .dispatch import append_kernel as append_kernel
@@ -74,10 +75,7 @@ def append(
             raise ValueError(f"stream {i}: rows, sinks, recent and new are {have}; expected {want}")
     if how not in ("run", "any"):
         raise ValueError(f"`how` is {how!r}; expected 'run' or 'any'")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"`implementation` is {implementation!r}; expected one of {sorted(IMPLEMENTATIONS)} or None"
-        )
+    check_implementation(implementation, IMPLEMENTATIONS)
     at, labels, count = (x.astype(jnp.int32) for x in (at, labels, count))
     length = s if length is None else length
     return dispatch.run(tuple(streams), tuple(new), at, labels, count, length, how, implementation)

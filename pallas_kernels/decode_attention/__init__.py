@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..checks import check_implementation, check_soft_cap
 from . import dispatch
 from .dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
 from .dispatch import attention_kernel as attention_kernel
@@ -89,12 +90,8 @@ def decode_attention(
         _check_seen("full.seen", part.seen, rows[:3])
     if window is not None and window < 1:
         raise ValueError(f"`window` is {window}; expected at least 1 token, or None")
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"`soft_cap` is {soft_cap}; expected a positive number, or None")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"`implementation` is {implementation!r}; expected one of {sorted(IMPLEMENTATIONS)} or None"
-        )
+    check_soft_cap(soft_cap)
+    check_implementation(implementation, IMPLEMENTATIONS)
     scale = 1 / math.sqrt(h) if scale is None else scale
     options: dict[str, Any] = {
         "scale": scale,

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from ..checks import check_implementation
 from ..codecs import Packed
 from . import dispatch
 from .dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
@@ -43,10 +44,7 @@ def matmul(
         raise ValueError(
             f"`x` {x.shape} and `w` {w.shape} do not fit: expected [*B, M, K] and [*B, N, K]"
         )
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"`implementation` is {implementation!r}; expected one of {sorted(IMPLEMENTATIONS)} or None"
-        )
+    check_implementation(implementation, IMPLEMENTATIONS)
     return dispatch.run(x, w, precision, preferred_element_type, implementation)
 
 

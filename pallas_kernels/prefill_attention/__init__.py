@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..checks import check_implementation, check_soft_cap
 from . import dispatch
 from .dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
 from .dispatch import prefill_kernel as prefill_kernel
@@ -67,12 +68,8 @@ def prefill_attention(
         raise ValueError(
             f"`window` is {window} with causal={causal}; expected at least 1 token and `causal`, or None"
         )
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"`soft_cap` is {soft_cap}; expected a positive number, or None")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"`implementation` is {implementation!r}; expected one of {sorted(IMPLEMENTATIONS)} or None"
-        )
+    check_soft_cap(soft_cap)
+    check_implementation(implementation, IMPLEMENTATIONS)
     scale = 1 / math.sqrt(h) if scale is None else scale
     options: dict[str, Any] = {
         "causal": causal, "window": window, "scale": scale, "soft_cap": soft_cap,
