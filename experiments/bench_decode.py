@@ -4,7 +4,8 @@
   python -m stowax.experiments.bench_decode --layers=8 --context=32768 --specs=int4-g128-sym --caches=int8,int4-g64,kv4
 
 The first line is the model as it is, in bfloat16; then each codec of weights with the model's own cache; then each
-method of caches with the first codec. Random weights and rows: it times, it does not judge. One H100, 1 minute; what to
+method of caches with the first codec. A step has the sampling of a token in it; it is timed waited for, and in flight,
+as a loop has it that never waits. Random weights and rows: it times, it does not judge. One H100, 1 minute; what to
 expect is in docs/kernels.md.
 """
 
@@ -39,7 +40,18 @@ SCAN = flags.DEFINE_bool("scan", True, "Stack the layers and scan over them, or 
 STEPS = flags.DEFINE_integer("steps", 30, "Steps that are timed.")
 OUT = flags.DEFINE_string("out", "", "JSON file for the results; none by default.")
 
-HEADER = ("linear layers", "caches", "weights, MB", "caches, MB", "ms a step", "of bf16", "paths")
+ROUNDS = 5  # of steps in flight
+HEADER = (
+    "linear layers",
+    "caches",
+    "weights, MB",
+    "caches, MB",
+    "ms a step",
+    "of bf16",
+    "in flight",
+    "of bf16",
+    "paths",
+)
 
 
 def filled(cache: Any) -> Any:
@@ -47,7 +59,7 @@ def filled(cache: Any) -> Any:
 
     def fill(x: jax.Array) -> jax.Array:
         if x.ndim == 0:
-            return jnp.full(x.shape, CONTEXT.value - STEPS.value - 8, x.dtype)
+            return jnp.full(x.shape, CONTEXT.value - (ROUNDS + 1) * STEPS.value - 8, x.dtype)
         key = jax.random.key(x.size % 97)
         if x.dtype == jnp.uint8:
             return jax.random.bits(key, x.shape, jnp.uint8)
@@ -58,16 +70,29 @@ def filled(cache: Any) -> Any:
     return jax.tree.map(fill, cache)
 
 
-def step_ms(step: Any, params: Any, cache: Any, token: jax.Array) -> float:
-    """The median of single steps; the cache is donated."""
-    step = jax.jit(step, donate_argnums=2)
-    times = []
-    for _ in range(5 + STEPS.value):
-        start = time.perf_counter()
+def step_ms(step: Any, params: Any, cache: Any, token: jax.Array) -> tuple[float, float]:
+    """Of a step that is waited for, and of one of many in flight, each with the token of the one before; medians.
+
+    The cache is donated.
+    """
+
+    def sampled(params: Any, token: jax.Array, cache: Any) -> Any:
         logits, cache = step(params, token, cache)
-        jax.block_until_ready(logits)
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times[5:])
+        return jnp.argmax(logits, -1).astype(token.dtype).reshape(token.shape), cache
+
+    run = jax.jit(sampled, donate_argnums=2)
+
+    def steps(count: int) -> float:
+        nonlocal token, cache
+        start = time.perf_counter()
+        for _ in range(count):
+            token, cache = run(params, token, cache)
+        jax.block_until_ready(token)
+        return 1e3 * (time.perf_counter() - start) / count
+
+    steps(3)
+    waited = statistics.median(steps(1) for _ in range(STEPS.value))
+    return waited, statistics.median(steps(STEPS.value) for _ in range(ROUNDS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,19 +102,14 @@ class Result:
     weights: int
     caches: int
     ms: float
+    in_flight: float
     paths: str
 
-    def row(self, base: float) -> tuple[str, ...]:
+    def row(self, base: Result) -> tuple[str, ...]:
         megabytes = lambda n: f"{n / 1e6:,.0f}"
         sizes = megabytes(self.weights), megabytes(self.caches)
-        return (
-            self.spec,
-            self.method,
-            *sizes,
-            f"{self.ms:.2f}",
-            f"{self.ms / base:.2f}",
-            self.paths,
-        )
+        times = (self.ms, self.ms / base.ms, self.in_flight, self.in_flight / base.in_flight)
+        return (self.spec, self.method, *sizes, *(f"{t:.2f}" for t in times), self.paths)
 
 
 def measure(functions: Any, params: Any, token: jax.Array, spec: str, method: str) -> Result:
@@ -97,8 +117,8 @@ def measure(functions: Any, params: Any, token: jax.Array, spec: str, method: st
     size = memory_planner.tree_nbytes
     if not spec:
         cache = filled(functions.init_cache(BATCH.value, CONTEXT.value))
-        ms = step_ms(functions.step, params, cache, token)
-        return Result("bf16", "model's own", size(params), size(shapes), ms, "")
+        times = step_ms(functions.step, params, cache, token)
+        return Result("bf16", "model's own", size(params), size(shapes), *times, "")
     parts: list[Any] = [sx.quantize({"embed|norm": None, "": spec})]
     if method:
         parts.append(sx.compress_kv(kv_methods.get(method)))
@@ -113,8 +133,8 @@ def measure(functions: Any, params: Any, token: jax.Array, spec: str, method: st
     sites = [site.path for row in caches for site in row.sites]
     paths = "; ".join(filter(None, (counted(uses, "; "), counted(sites, "; "))))
     nbytes = size(packed), size(cache)
-    ms = step_ms(fast, packed, cache, token)
-    return Result(spec, method or "model's own", *nbytes, ms, paths)
+    times = step_ms(fast, packed, cache, token)
+    return Result(spec, method or "model's own", *nbytes, *times, paths)
 
 
 def main(_: list[str]) -> None:
@@ -129,8 +149,8 @@ def main(_: list[str]) -> None:
     found: list[Result] = []
     for spec, method in cases:
         found.append(measure(functions, params, token, spec, method))
-        print("  ".join(found[-1].row(found[0].ms)), flush=True)
-    print(text_table(HEADER, [r.row(found[0].ms) for r in found]))
+        print("  ".join(found[-1].row(found[0])), flush=True)
+    print(text_table(HEADER, [r.row(found[0]) for r in found]))
     if OUT.value:
         settings = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
         settings |= {"layers": LAYERS.value, "batch": BATCH.value, "context": CONTEXT.value}
