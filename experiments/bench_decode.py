@@ -4,9 +4,9 @@
   python -m stowax.experiments.bench_decode --layers=8 --context=32768 --specs=int4-g128-sym --caches=int8,int4-g64,kv4
 
 The first line is the model as it is, in bfloat16; then each codec of weights with the model's own cache; then each
-method of caches with the first codec. A step has the sampling of a token in it; it is timed waited for, and in flight,
-as a loop has it that never waits. Random weights and rows: it times, it does not judge. One H100, 1 minute; what to
-expect is in docs/kernels.md.
+method of caches with the first codec. A step has the sampling of a token in it; it is timed waited for, in flight
+(calls that nothing waits for), and in a loop on the device. Random weights and rows: it times, it does not judge. One
+H100, 2 minutes; what to expect is in docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ SPECS = flags.DEFINE_list(
 )
 CACHES = flags.DEFINE_list("caches", [], "Methods of caches, by the names of kv_methods.")
 SCAN = flags.DEFINE_bool("scan", True, "Stack the layers and scan over them, or write them out.")
-STEPS = flags.DEFINE_integer("steps", 30, "Steps that are timed.")
+STEPS = flags.DEFINE_integer("steps", 15, "Steps that are timed.")
 OUT = flags.DEFINE_string("out", "", "JSON file for the results; none by default.")
 
-ROUNDS = 5  # of steps in flight
+ROUNDS = 5  # of steps in flight, and of loops
 HEADER = (
     "linear layers",
     "caches",
@@ -49,6 +49,8 @@ HEADER = (
     "ms a step",
     "of bf16",
     "in flight",
+    "of bf16",
+    "in a loop",
     "of bf16",
     "paths",
 )
@@ -59,7 +61,7 @@ def filled(cache: Any) -> Any:
 
     def fill(x: jax.Array) -> jax.Array:
         if x.ndim == 0:
-            return jnp.full(x.shape, CONTEXT.value - (ROUNDS + 1) * STEPS.value - 8, x.dtype)
+            return jnp.full(x.shape, CONTEXT.value - (2 * ROUNDS + 3) * STEPS.value - 1, x.dtype)
         key = jax.random.key(x.size % 97)
         if x.dtype == jnp.uint8:
             return jax.random.bits(key, x.shape, jnp.uint8)
@@ -70,29 +72,35 @@ def filled(cache: Any) -> Any:
     return jax.tree.map(fill, cache)
 
 
-def step_ms(step: Any, params: Any, cache: Any, token: jax.Array) -> tuple[float, float]:
-    """Of a step that is waited for, and of one of many in flight, each with the token of the one before; medians.
+def step_ms(step: Any, params: Any, cache: Any, token: jax.Array) -> tuple[float, float, float]:
+    """Medians of a step that is waited for, of one of many in flight, and of one in a loop on the device.
 
-    The cache is donated.
+    Each takes the token that the one before sampled. The cache is donated.
     """
 
     def sampled(params: Any, token: jax.Array, cache: Any) -> Any:
         logits, cache = step(params, token, cache)
         return jnp.argmax(logits, -1).astype(token.dtype).reshape(token.shape), cache
 
-    run = jax.jit(sampled, donate_argnums=2)
+    def looped(params: Any, token: jax.Array, cache: Any) -> Any:
+        one = lambda _, carry: sampled(params, *carry)
+        return jax.lax.fori_loop(0, STEPS.value, one, (token, cache))
 
-    def steps(count: int) -> float:
+    def seconds(run: Any, count: int) -> float:
         nonlocal token, cache
         start = time.perf_counter()
         for _ in range(count):
             token, cache = run(params, token, cache)
         jax.block_until_ready(token)
-        return 1e3 * (time.perf_counter() - start) / count
+        return time.perf_counter() - start
 
-    steps(3)
-    waited = statistics.median(steps(1) for _ in range(STEPS.value))
-    return waited, statistics.median(steps(STEPS.value) for _ in range(ROUNDS))
+    def median_ms(run: Any, count: int, steps: int, times: int) -> float:
+        """Of so many calls in flight, `steps` in all, so many times after the first."""
+        found = [seconds(run, count) for _ in range(1 + times)]
+        return 1e3 * statistics.median(found[1:]) / steps
+
+    n, (run, loop) = STEPS.value, (jax.jit(f, donate_argnums=2) for f in (sampled, looped))
+    return median_ms(run, 1, 1, n), median_ms(run, n, n, ROUNDS), median_ms(loop, 1, n, ROUNDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,13 +111,15 @@ class Result:
     caches: int
     ms: float
     in_flight: float
+    in_loop: float
     paths: str
 
     def row(self, base: Result) -> tuple[str, ...]:
         megabytes = lambda n: f"{n / 1e6:,.0f}"
         sizes = megabytes(self.weights), megabytes(self.caches)
-        times = (self.ms, self.ms / base.ms, self.in_flight, self.in_flight / base.in_flight)
-        return (self.spec, self.method, *sizes, *(f"{t:.2f}" for t in times), self.paths)
+        ways = ("ms", "in_flight", "in_loop")
+        times = [(getattr(self, way), getattr(self, way) / getattr(base, way)) for way in ways]
+        return (self.spec, self.method, *sizes, *(f"{t:.2f}" for t in sum(times, ())), self.paths)
 
 
 def measure(functions: Any, params: Any, token: jax.Array, spec: str, method: str) -> Result:
