@@ -16,6 +16,8 @@ from . import dispatch
 from .dispatch import IMPLEMENTATIONS as IMPLEMENTATIONS
 from .dispatch import append_kernel as append_kernel
 from .kept import Kept as Kept
+from .xla import entry_of as entry_of
+from .xla import entry_put as entry_put
 from .xla import write_recent as write_recent
 from .xla import write_rows as write_rows
 from .xla import write_sinks as write_sinks
@@ -31,6 +33,7 @@ def append(
     *,
     length: int | None = None,
     how: str = "any",
+    entry: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[tuple[Kept, ...], jax.Array, jax.Array]:
     """The cache after new rows: quantized and appended, on a GPU one token's by one kernel, for all heads and streams.
@@ -47,6 +50,9 @@ def append(
       count: rows that came before, ``int32[B]``; the next is written to slot ``count % R`` of the ring.
       length: positions that there are, where S is rounded up to whole blocks; None for S.
       how: "run" for consecutive positions within `length`, else "any".
+      entry: where the buffers of `streams` are a stack (layers), with an axis more in front: the one that the rows are
+        for, ``int32[]``, clipped to the stack. The others stay, and nothing of them is read. `labels` and `count` are
+        of that one.
       implementation: one of `IMPLEMENTATIONS`, or None for the best that this backend has for these shapes.
 
     Returns:
@@ -60,14 +66,15 @@ def append(
         raise ValueError(
             f"`streams` are {len(streams)} and `new` {len(new)}; expected one or more of each"
         )
-    b, k, s, _ = streams[0].rows.shape
+    one = streams if entry is None else jax.eval_shape(entry_of, streams, entry)
+    b, k, s, _ = one[0].rows.shape
     if at.ndim != 2 or at.shape[0] != b:
         raise ValueError(f"`at` is {at.dtype}{list(at.shape)}; expected int32[{b}, T]")
     if labels.ndim != 2 or labels.shape[0] != b or count.shape != (b,):
         raise ValueError(
             f"`labels` is {list(labels.shape)} and `count` {list(count.shape)}; expected [{b}, R] and [{b}]"
         )
-    for i, (stream, x) in enumerate(zip(streams, new)):
+    for i, (stream, x) in enumerate(zip(one, new)):
         h, t, r = stream.rows.width, at.shape[1], labels.shape[1]
         want = (b, k, s, h), (b, k, stream.sinks.shape[2], h), (b, k, r, h), (b, k, t, h)
         have = stream.rows.shape, stream.sinks.shape, stream.recent.shape, x.shape
@@ -77,5 +84,6 @@ def append(
         raise ValueError(f"`how` is {how!r}; expected 'run' or 'any'")
     check_implementation(implementation, IMPLEMENTATIONS)
     at, labels, count = (x.astype(jnp.int32) for x in (at, labels, count))
-    length = s if length is None else length
-    return dispatch.run(tuple(streams), tuple(new), at, labels, count, length, how, implementation)
+    options = {"length": s if length is None else length, "how": how}
+    operands = tuple(streams), tuple(new), at, labels, count, entry
+    return dispatch.run(operands, options, implementation)

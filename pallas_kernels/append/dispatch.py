@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import triton
-from ..op import Op
+from ..op import Op, one_by_one
 from . import kernel, xla
 from .kept import Kept
 
@@ -16,17 +16,8 @@ IMPLEMENTATIONS = ("triton", "xla")
 Result = tuple[tuple[Kept, ...], jax.Array, jax.Array]
 
 
-def run(
-    streams: tuple[Kept, ...],
-    new: tuple[jax.Array, ...],
-    at: jax.Array,
-    labels: jax.Array,
-    count: jax.Array,
-    length: int,
-    how: str,
-    name: str | None,
-) -> Result:
-    operands, options = (streams, new, at, labels, count), {"length": length, "how": how}
+def run(operands: Any, options: dict[str, Any], name: str | None) -> Result:
+    streams, _, at, *_ = operands
     reason = kernel.refusal(streams, at.shape[1])
     if name == "triton":
         reason = reason or triton.refusal()
@@ -59,15 +50,25 @@ def _on_cuda(operands: Any, *, length: int, how: str) -> Result:
 
 
 def _merged(call: Any, size: int, operands: Any, is_batched: Any) -> Any:
-    """A batching rule: more entries of the batch."""
-    leaves, tree = jax.tree.flatten(operands)
-    flags = jax.tree.leaves(is_batched)
-    whole = [
-        x if flag else jnp.broadcast_to(x[None], (size, *x.shape)) for x, flag in zip(leaves, flags)
-    ]
-    flat = [x.reshape(size * x.shape[1], *x.shape[2:]) for x in whole]
-    out = call(jax.tree.unflatten(tree, flat))
-    return jax.tree.map(lambda x: x.reshape(size, x.shape[0] // size, *x.shape[1:]), out)
+    """A batching rule: more entries of the batch, which of a stack is the second axis."""
+    *operands, entry = operands
+    *is_batched, entries = is_batched
+    if entries:
+        return one_by_one(call, size, (*operands, entry), (*is_batched, entries))
+    stacked = int(entry is not None)
+    axes = [jax.tree.map(lambda _: stacked, operands[0]), *jax.tree.map(lambda _: 0, operands[1:])]
+
+    def merge(x: jax.Array, flag: bool, axis: int) -> jax.Array:
+        x = x if flag else jnp.broadcast_to(x[None], (size, *x.shape))
+        x = jnp.moveaxis(x, 0, axis)
+        return x.reshape(*x.shape[:axis], size * x.shape[axis + 1], *x.shape[axis + 2 :])
+
+    def part(x: jax.Array, axis: int) -> jax.Array:
+        x = x.reshape(*x.shape[:axis], size, x.shape[axis] // size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    streams, labels, count = call((*jax.tree.map(merge, operands, is_batched, axes), entry))
+    return jax.tree.map(lambda x: part(x, stacked), streams), part(labels, 0), part(count, 0)
 
 
 APPEND = Op("append", _by_xla, {"cuda": _on_cuda}, _merged, stable=False, context=triton.lowering)

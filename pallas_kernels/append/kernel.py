@@ -40,18 +40,20 @@ def append(
     at: jax.Array,
     labels: jax.Array,
     count: jax.Array,
+    entry: jax.Array | None = None,
     *,
     length: int,
     interpret: bool = False,
 ) -> tuple[tuple[Kept, ...], jax.Array, jax.Array]:
     """See `append`."""
-    b, heads, *_ = streams[0].rows.shape
+    b, heads, *_ = new[0].shape
     plans = [_Stream.of(s) for s in streams]
     size = labels.shape[1]
     written = [_written(s) for s in streams]
     flat, tree = jax.tree.flatten(written)
     constants = [[p.encode.constants, p.decode.constants if p.decode else []] for p in plans]
-    given = [at, count, *([labels] if size else []), list(new), constants]
+    stack = [] if entry is None else [entry.reshape(1)]
+    given = [at, count, *([labels] if size else []), list(new), constants, stack]
     operands = [*flat, *jax.tree.leaves(given)]
     structure = jax.tree.structure((written, given))
     body = functools.partial(_body, plans, length, structure, interpret)
@@ -109,7 +111,7 @@ class _Stream:
 
     @classmethod
     def of(cls, s: Kept) -> _Stream:
-        return _stream(s.rows.codec, s.rows.width, s.sinks.shape[2], s.recent.shape[2] > 0)
+        return _stream(s.rows.codec, s.rows.width, s.sinks.shape[-2], s.recent.shape[-2] > 0)
 
     @property
     def programs(self) -> int:
@@ -134,7 +136,7 @@ def _stream(codec: Any, width: int, sinks: int, recent: bool) -> _Stream:
 
 def _body(plans: list[_Stream], length: int, structure: Any, interpret: bool, *refs: Any) -> None:
     inputs, outputs = refs[: structure.num_leaves], refs[structure.num_leaves :]
-    written, (at, count, *labels, new, constants) = jax.tree.unflatten(structure, inputs)
+    written, (at, count, *labels, new, constants, stack) = jax.tree.unflatten(structure, inputs)
     results = jax.tree.unflatten(jax.tree.structure(written), outputs)
     program, chunk, stream = (pl.program_id(i) for i in range(3))
     for i, plan in enumerate(plans):
@@ -143,9 +145,16 @@ def _body(plans: list[_Stream], length: int, structure: Any, interpret: bool, *r
         def _(i: int = i, plan: _Stream = plan) -> None:
             heads = new[i].shape[1]
             entry = jax.lax.div(program, heads), jax.lax.rem(program, heads)
-            _Program(plan, entry, chunk, length, interpret).run(
+            layer = [_clipped(ref[0], written[i]) for ref in stack]
+            _Program(plan, entry, (*layer, *entry), chunk, length, interpret).run(
                 written[i], results[i], new[i], at, count, labels, constants[i]
             )
+
+
+def _clipped(index: jax.Array, stacks: Any) -> jax.Array:
+    """An entry of stacks as `lax.dynamic_index_in_dim` takes it."""
+    size = jax.tree.leaves(stacks)[0].shape[0]
+    return jnp.clip(jnp.where(index < 0, index + size, index), 0, size - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +163,13 @@ class _Program:
 
     Attributes:
       entry: of the batch, and head.
+      where: the same in the buffers, which may be stacks.
       chunk: which channels.
     """
 
     plan: _Stream
     entry: tuple[jax.Array, jax.Array]
+    where: tuple[jax.Array, ...]
     chunk: jax.Array
     length: int
     interpret: bool
@@ -194,38 +205,38 @@ class _Program:
 
             @pl.when((at >= 0) & (at < p.sinks))
             def _() -> None:
-                out[1][(*self.entry, at, self.channels)] = row
+                out[1][(*self.where, at, self.channels)] = row
 
         if p.recent:
             slot = jax.lax.rem(count[b], labels[0].shape[1])
-            out[-1][(*self.entry, slot, self.channels)] = row
+            out[-1][(*self.where, slot, self.channels)] = row
 
     def tokens(self) -> jax.Array:
         return jax.lax.broadcasted_iota(jnp.int32, (self.plan.block, 1), 0)
 
     def place(self, ref: Any, block: jax.Array) -> Any:
         """Where this program's share of a block's part is."""
-        rest = [slice(None)] * (len(ref.shape) - 3)
+        rest = [slice(None)] * (len(ref.shape) - len(self.where) - 1)
         if self.plan.split:
             rest[0] = self.channels
-        return *self.entry, block, *rest
+        return *self.where, block, *rest
 
     def window(
         self, parts: Any, full: Any, labels: Any, first: Any, dtype: Any, constants: Any
     ) -> jax.Array:
         """The rows of a block as they are known, sinks and recent ones in their places."""
-        p, (b, k) = self.plan, self.entry
+        p = self.plan
         get = lambda ref: ref[self.place(ref, first)][None]
         rows = p.decode(constants, jax.tree.map(get, parts)).astype(dtype)  # pyright: ignore
         at = first * p.block + self.tokens()
         rows = jnp.where(at < self.length, rows, jnp.zeros((), dtype))
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, p.part), 1) + self.chunk * p.part
         if p.sinks:
-            sinks = full[0][b, k, jnp.minimum(at, p.sinks - 1), lane]
+            sinks = full[0][*self.where, jnp.minimum(at, p.sinks - 1), lane]
             rows = jnp.where(at < p.sinks, sinks, rows)
         if p.recent:
             found = self.slots(labels[0], at)
-            recent = full[-1][b, k, jnp.maximum(found, 0), lane]
+            recent = full[-1][*self.where, jnp.maximum(found, 0), lane]
             rows = jnp.where(found >= 0, recent, rows)
         return rows
 

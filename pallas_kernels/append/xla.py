@@ -1,6 +1,6 @@
 """The path that works everywhere, and the definition of what a cache holds after new rows.
 
-Functions are of one entry of the batch: ``[K, ...]``.
+Functions but `append` are of one entry of the batch: ``[K, ...]``.
 """
 
 from __future__ import annotations
@@ -22,16 +22,33 @@ def append(
     at: jax.Array,
     labels: jax.Array,
     count: jax.Array,
+    entry: jax.Array | None = None,
     *,
     length: int,
     how: str,
 ) -> tuple[tuple[Kept, ...], jax.Array, jax.Array]:
     """See `append`."""
+    if entry is not None:
+        old = entry_of(streams, entry)
+        own, labels, count = append(old, new, at, labels, count, length=length, how=how)
+        return entry_put(tuple(streams), own, entry), labels, count
     run = functools.partial(_append, [s.rows.codec for s in streams], length, how)
     leaves = [(s.rows.parts, s.sinks, s.recent) for s in streams]
     out, labels, count = jax.vmap(run)(leaves, new, at, labels, count)
     made = lambda s, x: Kept(Rows(x[0], s.rows.codec, s.rows.width), *x[1:])
     return tuple(map(made, streams, out)), labels, count
+
+
+def entry_of(stack: Any, entry: jax.Array) -> Any:
+    """An entry of each array of a pytree of stacks."""
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, entry, 0, keepdims=False)
+    return jax.tree.map(take, stack)
+
+
+def entry_put(stack: Any, new: Any, entry: jax.Array) -> Any:
+    """The stacks with another entry."""
+    put = lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, entry, 0)
+    return jax.tree.map(put, stack, new)
 
 
 def _append(

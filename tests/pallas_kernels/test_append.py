@@ -67,6 +67,25 @@ def test_kernel_of_every_form(name):
     check(CODECS_SLOW[name], recent=64, h=64, s=128)
 
 
+@pytest.mark.parametrize("entry", [1, -1, 7])
+def test_an_entry_of_a_stack(entry):
+    """As its own buffers, in place: the other entries stay; an index is clipped as `lax.dynamic_index_in_dim` does."""
+    streams, *rest = operands(CODECS["kv"], b=2)
+    stack = jax.tree.map(lambda x: jnp.stack([x[::-1], x, x[::-1] * 0]), streams)
+    real = {1: 1, -1: 2, 7: 2}[entry]
+    own = jax.tree.map(lambda x: x[real], stack)
+    for run in (
+        functools.partial(append, implementation="xla", length=50),
+        functools.partial(kernel.append, length=50, interpret=True),
+    ):
+        run = jax.jit(run)
+        got, want = run(stack, *rest, entry=jnp.int32(entry)), run(own, *rest)
+        for x, y, old in zip(*map(jax.tree.leaves, (got[0], want[0], stack)), strict=True):
+            np.testing.assert_array_equal(x, old.at[real].set(y))
+        for x, y in zip(got[1:], want[1:]):
+            np.testing.assert_array_equal(x, y)
+
+
 def test_without_sinks_and_recent_rows():
     check((per_token("int8"),), recent=0, sinks=0)
 
@@ -90,6 +109,14 @@ def test_what_comes_back_is_what_came():
     one = step(start, rows[0])[0]
     for x, y in zip(jax.tree.leaves(both), jax.tree.leaves(one), strict=True):
         np.testing.assert_array_equal(x[1], y)
+    at = jnp.asarray([[10]])
+    into = lambda s, e: append(s[0], [rows[0]], at, *s[1:], entry=e)
+    stack = jax.tree.map(lambda x: x[None], two[0]), *two[1:]  # a stack of one, for each of two
+    stack = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), stack[0]), *stack[1:]
+    for axes, entry in (((0, None), jnp.int32(0)), ((0, 0), jnp.zeros(2, jnp.int32))):
+        many = jax.vmap(into, axes)(stack, entry)
+        for x, y in zip(jax.tree.leaves(many[0]), jax.tree.leaves(one[0]), strict=True):
+            np.testing.assert_array_equal(x[1, 0], y)
 
 
 def test_the_kernel_is_in_programs_for_cuda_but_not_in_exported_ones():

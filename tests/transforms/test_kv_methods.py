@@ -12,6 +12,7 @@ import pytest
 import stowax as sx
 from stowax import memory_planner, models
 from stowax.pallas_kernels.codecs import per_channel, per_token
+from stowax.transforms.core import compat
 from stowax.transforms.kv import KVState, Method, depth, selectors
 
 CONFIG = models.LlamaConfig(
@@ -271,8 +272,7 @@ def test_explain_tells_layers_and_heads_apart():
     assert "a head" in rows["full"].each
 
 
-# On the host is what is done on the device, and copies: no need for `kivi` and `minicache` on the device too.
-@pytest.mark.parametrize("name", ["kivi-host", "adakv", "pyramidkv", "minicache-host"])
+@pytest.mark.parametrize("name", ["kivi", "kivi-host", "adakv", "pyramidkv", "minicache-host"])
 def test_scanned_equals_unrolled(name):
     functions, params = model(layers=2)
     unrolled = models.functions(dataclasses.replace(CONFIG, layers=2), scan=False)
@@ -282,6 +282,26 @@ def test_scanned_equals_unrolled(name):
     fast, cache = made(name, unrolled, params | {"layers": split})
     want, _ = read(fast, params | {"layers": split}, TOKENS[:, :62], cache, (60, 61))
     np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_a_scan_writes_into_the_stack_of_caches():
+    """It carries the buffers, of which an entry is updated; none is stacked anew."""
+    functions, params = model(layers=2)
+    fast, cache = made("kivi", functions, params)
+    jaxpr = jax.make_jaxpr(fast)(params, TOKENS[:, :1], cache)
+    (scan,) = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
+    assert len(scan.outvars) == compat.scan_split(scan)[1]
+    buffers = {x.shape for x in jax.tree.leaves(state(cache).arrays)}
+    assert buffers <= {v.aval.shape for v in scan.outvars}
+    (write,) = [e for e in _equations(scan.params["jaxpr"]) if e.primitive.name == "append"]
+    assert state(cache).arrays["main"][0]["codes"].shape in [v.aval.shape for v in write.invars]
+
+
+def _equations(jaxpr):
+    for eqn in compat.open_jaxpr(jaxpr)[0].eqns:
+        yield eqn
+        for inner in compat.inner_jaxprs(eqn):
+            yield from _equations(inner)
 
 
 def test_layers_with_budgets_of_their_own_really_are_smaller():

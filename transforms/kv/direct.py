@@ -16,7 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from stowax.pallas_kernels import Kept, Rows, append
-from stowax.pallas_kernels.append import write_recent, write_rows, write_sinks
+from stowax.pallas_kernels.append import (
+    entry_of,
+    entry_put,
+    write_recent,
+    write_rows,
+    write_sinks,
+)
 
 from .method import Method
 from .spec import Group
@@ -113,21 +119,32 @@ def absorb(
     at: jax.Array,
     how: str,
     queries: Any = None,
+    entry: jax.Array | None = None,
 ) -> Arrays:
-    """The buffers after new rows."""
+    """The buffers, which begin with the batch, after new rows ``[B, K, T, D]``.
+
+    Args:
+      at: positions ``int32[T]`` or ``int32[B, T]``.
+      how: see `place`.
+      entry: where the buffers are a stack, the one that the rows are for; not where they are kept `otherwise`.
+    """
     if otherwise(method, how):
-        return _absorb_otherwise(method, group, arrays, new, at, how, queries)
-    one = lambda x: jax.tree.map(lambda y: y[None], x)  # a batch of one
-    after = append(
-        kept(method, group, one(arrays)),
-        *map(one, (list(new), at, arrays["recent_at"], arrays["count"])),
+        keep = lambda a, n, p, q: _absorb_otherwise(method, group, a, n, p, how, q)
+        return jax.vmap(keep, (0, 0, 0 if at.ndim == 2 else None, 0))(arrays, new, at, queries)
+    beside = arrays["recent_at"], arrays["count"]
+    streams, labels, count = append(
+        kept(method, group, arrays),
+        new,
+        jnp.broadcast_to(at, (new[0].shape[0], at.shape[-1])),
+        *(beside if entry is None else entry_of(beside, entry)),
         length=group.length,
         how="run" if how == "run" else "any",
+        entry=entry,
     )
-    streams, labels, count = jax.tree.map(lambda x: x[0], after)
+    after = (labels, count) if entry is None else entry_put(beside, (labels, count), entry)
     names = ("main", "sinks", "recent")
     buffers = zip(names, zip(*((s.rows.parts, s.sinks, s.recent) for s in streams)))
-    return arrays | {n: list(x) for n, x in buffers} | {"recent_at": labels, "count": count}
+    return arrays | {n: list(x) for n, x in buffers} | dict(zip(("recent_at", "count"), after))
 
 
 def kept(method: Method, group: Group, arrays: Arrays) -> list[Kept]:
@@ -147,7 +164,7 @@ def otherwise(method: Method, how: str) -> str:
 def _absorb_otherwise(
     method: Method, group: Group, arrays: Arrays, new: Sequence[jax.Array], at: jax.Array, how: str, queries: Any
 ) -> Arrays:  # fmt: skip
-    """Where channels are dropped, or the cache moves."""
+    """Where channels are dropped, or the cache moves; of one entry of the batch."""
     out = dict(arrays, main=[])
     if "channels" in arrays:
         out["channels"] = _channels(arrays, new, queries)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from stowax.pallas_kernels.append import entry_of, entry_put
 from stowax.pallas_kernels.codecs import LayoutError
 
 from ..core import compat
@@ -24,7 +25,7 @@ from .replay import Replay, Rows, attend, reduced
 from .rewrite import CacheRun, Store
 from .source import find_source
 from .state import KVState, Moved
-from .store import Incoming, Working, absorb, is_ragged, placed, stored, working
+from .store import Incoming, Working, absorb, in_place, is_ragged, placed, stored, working
 from .writes import Positions
 
 
@@ -141,6 +142,9 @@ class Emit(CacheRun):
             )
         return Opened(found, tiers.fetch(store.arrays, method.tier))
 
+    def keeps_shapes(self, store: Store) -> bool:
+        return not store.group.grows and self.method(store).tier == "device"
+
     def method(self, store: Store) -> Method:
         return self.methods[store.group.leaves[0][0]]
 
@@ -192,7 +196,7 @@ class Emit(CacheRun):
             )
         if found.index is not None:
             index = self.array(found.index[1])
-            arrays = jax.tree.map(lambda x: _entry(x, index, found), arrays)
+            arrays = entry_of(arrays, index)
         arrays = tiers.fetch(arrays, self.method(store).tier)
         return Opened(found, arrays)
 
@@ -273,18 +277,16 @@ class Emit(CacheRun):
         if method.selector is not None:
             w = w or self.work(store, found, opened.arrays, new)
             stats = _for_slots(opened.stats, w)
-        arrays = absorb(method, store.group, opened.arrays, new, w, stats, queries)
-        arrays = tiers.put(jax.lax.stop_gradient(arrays), method.tier)
-        if opened.found.index is not None:
-            index = self.array(opened.found.index[1])
-            stack = opened.found.reads[0].cell.stack
-            arrays = jax.tree.map(
-                lambda whole, x: jax.lax.dynamic_update_index_in_dim(whole, x, index, 0),
-                store.arrays,
-                arrays,
-            )
-            assert not stack or len(stack) < len(store.group.stack)
-        store.arrays = arrays
+        index = None if opened.found.index is None else self.array(opened.found.index[1])
+        entries = [i for i in (store.entry, index) if i is not None]
+        keep = lambda arrays, entry: jax.lax.stop_gradient(
+            absorb(method, store.group, arrays, new, w, stats, queries, entry)
+        )
+        if len(entries) == 1 and in_place(method, store.group, opened.arrays, new.how):
+            store.whole = keep(store.whole, entries[0])
+        else:
+            arrays = tiers.put(keep(opened.arrays, None), method.tier)
+            store.arrays = arrays if index is None else entry_put(store.arrays, arrays, index)
         if store.group.grows:
             longer = store.group.length + opened.found.rows
             store.group = dataclasses.replace(store.group, length=longer)
@@ -319,10 +321,6 @@ def _is_read(x: Any, read: Node) -> bool:
     ):
         x = x.inputs[0]
     return x is read
-
-
-def _entry(x: jax.Array, index: jax.Array, found: Attention) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
 
 
 def run(

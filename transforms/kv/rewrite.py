@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from stowax.pallas_kernels.append import entry_of, entry_put
 from stowax.pallas_kernels.codecs import LayoutError
 
 from ..core import compat
@@ -39,9 +40,11 @@ class Unfit(Exception):
 
 
 class Store:
-    """What holds the rows of a group of cells; `arrays` is its state in this scope.
+    """What holds the rows of a group of cells.
 
     Attributes:
+      whole: its state in this scope; of all entries of a stack where `entry` is not None.
+      entry: the entry of the stack that a scan is at, ``int32[]``.
       opened: the attention whose new rows are not stored yet, in whatever form the user of `CacheRun` keeps it.
       attended: the attentions over it since it was opened.
       views: the last that was seen of each cell, with its updates.
@@ -50,10 +53,19 @@ class Store:
     guessed = False  # the layout was guessed, and rightly
 
     def __init__(self, arrays: Any = (), group: Any = None):
-        self.arrays, self.group = arrays, group
+        self.whole, self.entry, self.group = arrays, None, group
         self.opened: Any = None
         self.attended: list[Attention] = []
         self.views: dict[str, View] = {}
+
+    @property
+    def arrays(self) -> Any:
+        """The state, of its entry."""
+        return self.whole if self.entry is None else entry_of(self.whole, self.entry)
+
+    @arrays.setter
+    def arrays(self, arrays: Any) -> None:
+        self.whole = arrays if self.entry is None else entry_put(self.whole, arrays, self.entry)
 
     def shut(self) -> Any:
         """Nothing is pending any more; what was."""
@@ -87,6 +99,10 @@ class CacheRun(Interpreter, Deferral):
     def postpone(self, store: Store, found: Attention) -> Any:
         """What `store.opened` is after a `cond` of which some branches made the attention `found`."""
         return found
+
+    def keeps_shapes(self, store: Store) -> bool:
+        """Whether a scan may carry a store's stack on, and update entries of it."""
+        return True
 
     def close(self, store: Store) -> None:
         """Carries out what is pending on a store."""
@@ -292,7 +308,7 @@ class CacheRun(Interpreter, Deferral):
         self.scopes.append({})
         for store, state in zip(stores, arrays):
             store.shut()
-            store.arrays = state
+            store.whole = state
 
     def leave(self, stores: Sequence[Store], store_rows: bool = True) -> list[Any]:
         for store in stores if store_rows else ():
@@ -300,7 +316,7 @@ class CacheRun(Interpreter, Deferral):
         for store in stores:
             store.shut()
         self.scopes.pop()
-        return [store.arrays for store in stores]
+        return [store.whole for store in stores]
 
     def results(self, eqn: compat.Eqn, out: Sequence[Any]) -> tuple[list[Any], list[Cell | None]]:
         """Results of an inner program: arrays, and the cells that some of them are."""
@@ -321,7 +337,7 @@ class CacheRun(Interpreter, Deferral):
         stores = self.stores_of(values)
         for store in stores:
             self.close(store)
-        before = [store.arrays for store in stores]
+        before = [store.whole for store in stores]
         slots = [i for i, v in enumerate(values) if not is_node(v)]
         found: list[list[Cell | None]] = []
         touched: list[list[Any]] = []
@@ -345,7 +361,7 @@ class CacheRun(Interpreter, Deferral):
             )
         for store, state in zip(stores, states):
             store.shut()
-            store.arrays = state
+            store.whole = state
         self._postpone(eqn, values, stores, touched, found[0])
         return [c.node((DONE,)) if c is not None else x for x, c in zip(out, found[0])]
 
@@ -547,11 +563,15 @@ def _scan(run: CacheRun, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     xs = values[n_consts + n_carry :]
     loop = _Loop(run, eqn, init, xs)
     outside = [s for s in run.stores_of(consts) if s not in loop.outer]
-    n = len(loop.carried)
+    ragged = any(is_ragged(s.arrays) for s in loop.scanned)
+    carries_all = not ragged and all(map(run.keeps_shapes, loop.scanned))
+    n, first = len(loop.outer if carries_all else loop.carried), len(loop.carried)
     ys_cells: list[Any] = []
 
     def step(carry: Any, x: Any) -> Any:
-        (arrays, states), (rows, slices) = carry, x
+        (arrays, states, entry), (rows, slices) = carry, x
+        for store in loop.inner[first:n]:
+            store.entry = entry
         run.enter(loop.inner, [*states, *slices])
         known = [s.opened for s in outside]
         carry_cells, x_cells = loop.cells(loop.carry, 0), loop.cells(loop.xs, 1)
@@ -573,20 +593,19 @@ def _scan(run: CacheRun, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         ys_cells[:] = [None if c is None else loop.xs[x_cells.index(c)] for c in made]
         after = run.leave(loop.inner)
         kept = [x for x, c in zip(moved, cells) if c is None]
-        return (kept, after[:n]), ([y for y, c in zip(ys, made) if c is None], after[n:])
+        entry = entry + (-1 if p["reverse"] else 1)
+        return (kept, after[:n], entry), ([y for y, c in zip(ys, made) if c is None], after[n:])
 
     start = [run.array(v, eqn) for v, c in zip(init, loop.carry) if c is None]
     plain = [v for v, c in zip(xs, loop.xs) if c is None]
     rows = [run.array(v, eqn) if is_node(v) else stacked(run, eqn, v) for v in plain]
-    carry = (start, loop.states(loop.carried))
-    scanned = (rows, loop.states(loop.scanned))
-    ragged = any(is_ragged(s.arrays) for s in loop.scanned)
+    carry = (start, loop.states(loop.outer[:n]), jnp.int32(p["length"] - 1 if p["reverse"] else 0))
+    scanned = (rows, loop.states(loop.outer[n:]))
     scan = _unrolled if ragged else lax.scan
-    (moved, states), (ys, entries) = scan(
+    (moved, states, _), (ys, entries) = scan(
         step, carry, scanned, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
-    loop.finish(loop.carried, states)
-    loop.finish(loop.scanned, entries)
+    loop.finish(loop.outer, [*states, *entries])
     return [*_given_back(loop.carry, moved), *_given_back(ys_cells, ys)]
 
 

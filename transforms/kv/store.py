@@ -217,10 +217,13 @@ def absorb(
     w: Working | None,
     stats: Any,
     queries: Any = None,
+    entry: jax.Array | None = None,
 ) -> Any:
-    """The buffers with the new rows stored. A selector looks at `w`, `stats` of it, and `queries`."""
+    """The buffers with the new rows stored. A selector looks at `w`, `stats` of it, and `queries`.
+
+    Where `in_place` says so, the buffers may be a stack, and `entry` the one that the rows are for.
+    """
     group = stored(method, group)
-    batched = 0 if new.at.ndim == 2 else None
     if method.selector is not None:
         assert w is not None
         keep = lambda a, n, r, p, v, s, q: slots.absorb(method, group, a, n, r, p, v, s, q)
@@ -229,9 +232,15 @@ def absorb(
         arrays = _lengthen(method, group, arrays, new.rows[0].shape[2])
     if depth.is_merged(arrays):
         keep = lambda a, n, p: depth.absorb(group, a, n, p, new.how)
+        batched = 0 if new.at.ndim == 2 else None
         return jax.vmap(keep, (0, 0, batched))(arrays, new.rows, new.at)
-    keep = lambda a, n, p, q: direct.absorb(method, group, a, n, p, new.how, q)
-    return jax.vmap(keep, (0, 0, batched, 0))(arrays, new.rows, new.at, queries)
+    return direct.absorb(method, group, arrays, new.rows, new.at, new.how, queries, entry)
+
+
+def in_place(method: Method, group: Group, arrays: Any, how: str) -> bool:
+    """Whether new rows are written into buffers on the device, which keep their shapes."""
+    other = method.selector is not None or group.grows or depth.is_merged(arrays)
+    return not other and method.tier == "device" and not direct.otherwise(method, how)
 
 
 def _lengthen(method: Method, group: Group, arrays: Any, rows: int) -> Any:
