@@ -177,24 +177,25 @@ def expand(
         return _expanded([ref[...] for ref in codes], half, terms, plan, dtype, pieces)
     flat, tree = jax.tree.flatten(list(map(tuple, terms)))
     layouts = [ROW if t.ndim == 1 else WGMMA for t in flat]
-    ref, own = plgpu.RefType(tiled(jnp.uint8, row_bytes)), _given(lookup)
+    ref, levels = plgpu.RefType(tiled(jnp.uint8, row_bytes)), _given(lookup)
 
     @asm.inline(
-        arg_types=([ref] * plan.streams, layouts, [plgpu.RefType()] * len(own)),
+        arg_types=([ref] * plan.streams, layouts, [plgpu.RefType()] * len(levels)),
         return_type=[plgpu.ShapeDtypeStruct((ROWS, 64), dtype, layout=WGMMA)] * len(pieces),
     )
-    def run(ctx, refs, flat, own):
+    def run(ctx, refs, flat, levels):
         words = _load_words(refs, half, row_bytes)
         pick = lambda v: asm.doubled(v, 0 if ir.VectorType(v.type).shape[0] == 1 else half)
         pairs = [[pick(v) for v in t.registers.flat] for t in flat]
-        maker = MAKERS[plan.kind](plan, jnp.dtype(dtype), *own)
+        maker = MAKERS[plan.kind](plan, jnp.dtype(dtype), *levels)
         registers = maker(words, jax.tree.unflatten(tree, pairs), pieces)
         return [asm.array(r, WGMMA, (ROWS, 64)) for r in registers]
 
-    return run(list(codes), flat, own)
+    return run(list(codes), flat, levels)
 
 
 def _given(lookup: Any) -> list[Any]:
+    """As operands."""
     return [] if lookup is None else [lookup]
 
 
