@@ -29,6 +29,9 @@ from .layout import settled as settled
 from .layout import store_transposed as store_transposed
 from .layout import sync as sync
 from .layout import tiled as tiled
+from .lookup import fill_lookup as fill_lookup
+from .lookup import lookup_bytes as lookup_bytes
+from .lookup import lookup_scratch as lookup_scratch
 from .ring import Ring as Ring
 from .ring import ring_barriers as ring_barriers
 from .staged import stage_transposed as stage_transposed

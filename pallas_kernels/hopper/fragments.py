@@ -26,6 +26,7 @@ from ..codecs.nf4 import LEVELS, NF4
 from ..codecs.packing import PLANES
 from . import asm
 from .layout import ROW, ROWS, WGMMA, tiled
+from .lookup import look_up, own_copy
 from .polynomial import odd_polynomial
 
 
@@ -54,7 +55,7 @@ class Plan:
       middle: what is subtracted from a code where there is no table of zeros.
       tables: the parts beside the codes, in order.
       mantissa: bits, of a float.
-      levels: in order, where the kind is "odd".
+      levels: in order, where the kind is "levels" or "odd".
     """
 
     streams: int
@@ -89,7 +90,7 @@ def plan_of(codec: Codec) -> Plan:
         levels = tuple(map(float, codec.levels))
         return Plan(*_planes(codec.bits), "odd", codec.bits, 0, ("scale", "mean"), levels=levels)
     if isinstance(codec, NF4):
-        return Plan(*_planes(4), "levels", 4)
+        return Plan(*_planes(4), "levels", 4, levels=tuple(map(float, LEVELS)))
     if isinstance(codec, Fp8):
         return Plan(*_planes(8), "float", 8, mantissa={"e4m3": 3, "e5m2": 2}[codec.element])
     raise NotImplementedError(f"no kernel for {codec.name}")
@@ -159,6 +160,7 @@ def expand(
     row_bytes: int,
     interpret: bool,
     pieces: range | None = None,
+    lookup: Any = None,
 ) -> list[jax.Array]:
     """64 bytes of every stream as A operands ``[64, 64]``, one for each piece, columns as `permute_columns` has them.
 
@@ -168,27 +170,33 @@ def expand(
       terms: for each piece `terms_of` its tables, or () for codes less `middle`, unscaled; where there is a table of
         zeros those are codes and `offset_of`.
       pieces: which, None for all; each takes 16 registers.
+      lookup: the table of `lookup_scratch`, filled, where the plan has one.
     """
     pieces = range(plan.pieces) if pieces is None else pieces
     if interpret:
         return _expanded([ref[...] for ref in codes], half, terms, plan, dtype, pieces)
     flat, tree = jax.tree.flatten(list(map(tuple, terms)))
     layouts = [ROW if t.ndim == 1 else WGMMA for t in flat]
-    ref = plgpu.RefType(tiled(jnp.uint8, row_bytes))
+    ref, levels = plgpu.RefType(tiled(jnp.uint8, row_bytes)), _given(lookup)
 
     @asm.inline(
-        arg_types=([ref] * plan.streams, layouts),
+        arg_types=([ref] * plan.streams, layouts, [plgpu.RefType()] * len(levels)),
         return_type=[plgpu.ShapeDtypeStruct((ROWS, 64), dtype, layout=WGMMA)] * len(pieces),
     )
-    def run(ctx, refs, flat):
+    def run(ctx, refs, flat, levels):
         words = _load_words(refs, half, row_bytes)
         pick = lambda v: asm.doubled(v, 0 if ir.VectorType(v.type).shape[0] == 1 else half)
         pairs = [[pick(v) for v in t.registers.flat] for t in flat]
-        maker = MAKERS[plan.kind](plan, jnp.dtype(dtype))
+        maker = MAKERS[plan.kind](plan, jnp.dtype(dtype), *levels)
         registers = maker(words, jax.tree.unflatten(tree, pairs), pieces)
         return [asm.array(r, WGMMA, (ROWS, 64)) for r in registers]
 
-    return run(list(codes), flat)
+    return run(list(codes), flat, levels)
+
+
+def _given(lookup: Any) -> list[Any]:
+    """As operands."""
+    return [] if lookup is None else [lookup]
 
 
 def _load_words(refs: Sequence[Any], half: int, row_bytes: int) -> list[list[list[Any]]]:
@@ -239,7 +247,14 @@ def load_in_order(
 
 
 def expand_in_order(
-    words: Sequence[jax.Array], piece: int, terms: Any, plan: Plan, *, dtype: Any, interpret: bool
+    words: Sequence[jax.Array],
+    piece: int,
+    terms: Any,
+    plan: Plan,
+    *,
+    dtype: Any,
+    interpret: bool,
+    lookup: Any = None,
 ) -> jax.Array:
     """64 bytes of every stream as the A operand ``[64, 64]`` of one piece, columns in their own order.
 
@@ -248,18 +263,20 @@ def expand_in_order(
     Args:
       words: from `load_in_order`.
       terms: for 1, 2 or 4 equal parts of the columns `terms_of` their tables, ``[64]`` each.
+      lookup: as for `expand`.
     """
     if interpret:
         return _in_order(words, piece, terms, plan, jnp.dtype(dtype))
     flat, tree = jax.tree.flatten(list(map(tuple, terms)))
+    levels = _given(lookup)
 
     @asm.inline(
-        arg_types=([WGMMA] * plan.streams, [ROW] * len(flat)),
+        arg_types=([WGMMA] * plan.streams, [ROW] * len(flat), [plgpu.RefType()] * len(levels)),
         return_type=plgpu.ShapeDtypeStruct((ROWS, 64), dtype, layout=WGMMA),
     )
-    def run(ctx, words, flat):
+    def run(ctx, words, flat, levels):
         own = jax.tree.unflatten(tree, [[asm.doubled(v) for v in t.registers.flat] for t in flat])
-        maker = MAKERS[plan.kind](plan, jnp.dtype(dtype))
+        maker = MAKERS[plan.kind](plan, jnp.dtype(dtype), *levels)
         streams = [w.registers.reshape(2, 2) for w in words]
         registers = np.empty((8, 2), dtype=object)
         for r in range(2):
@@ -270,7 +287,7 @@ def expand_in_order(
                     registers[2 * t + o, r] = asm.bits(maker.scaled(pair, scale), maker.vector)
         return asm.array(registers, WGMMA, (ROWS, 64))
 
-    return run(list(words), flat)
+    return run(list(words), flat, levels)
 
 
 def _load_in_order(ref: Any, half: int, row_bytes: int) -> list[list[Any]]:
@@ -403,28 +420,18 @@ class _Floats(_Maker):
 
 
 class _Levels(_Maker):
-    """16 levels, looked up by byte permutations, low and high bytes apart."""
+    """16 levels, looked up for two codes at once."""
 
-    def pairs(self, words: list[Any]) -> list[list[Any]]:
-        word = words[0]
-        table = [int(v) for v in np.asarray(LEVELS, self.dtype).view(np.uint16)]
-        pack = lambda values: asm.const(sum(v << 8 * i for i, v in enumerate(values)))
-        quarter = lambda i, shift: pack([v >> shift & 0xFF for v in table[4 * i : 4 * i + 4]])
-        tables = [[quarter(i, shift) for i in range(4)] for shift in (0, 8)]
-        permute = lambda a, b, s: asm.word("prmt.b32 $0, $1, $2, $3;", a, b, s)
-        index = arith.andi(word, asm.const(0x77777777))
-        upper = asm.word(
-            "lop3.b32 $0, $1, $2, $3, 0xEA;",
-            arith.shrui(word, asm.const(1)), asm.const(0x44444444), asm.const(0x32103210),
-        )  # fmt: skip
-        nibbles = []  # pairs (low, high nibble) of bytes 0, 1, 2, 3
-        for part in range(2):
-            take = lambda x, part=part: arith.shrui(x, asm.const(16)) if part else x
-            i, u = take(index), take(upper)
-            low, high = (permute(permute(t[0], t[1], i), permute(t[2], t[3], i), u) for t in tables)
-            nibbles += [permute(low, high, asm.const(s)) for s in (0x5140, 0x7362)]
-        both = lambda i, s: permute(nibbles[i], nibbles[i + 2], asm.const(s))
-        return [[both(0, s), both(1, s)] for s in (0x5410, 0x7632)]
+    def __init__(self, plan: Plan, dtype: Any, lookup: Any):
+        super().__init__(plan, dtype)
+        self.own = own_copy(lookup)
+
+    def pair(self, words: list[Any], fields: tuple[Field, ...], o: int) -> Any:
+        (field,) = fields
+        up = words[field.stream]
+        if field.shift == 0:
+            up = arith.shli(up, asm.const(4))
+        return look_up(self.own, arith.andi(up, asm.const(asm.both(0xF0F0))), o)
 
 
 MAKERS = {"int": _Ints, "odd": _Odd, "float": _Floats, "levels": _Levels}
@@ -485,9 +492,8 @@ def _values(
 
 def level_of(code: jax.Array, plan: Plan) -> jax.Array:
     if plan.kind in ("levels", "odd"):
-        levels = plan.levels or tuple(map(float, LEVELS))
-        hot = (code[..., None] == jnp.arange(len(levels))).astype(jnp.float32)
-        return sum(hot[..., i] * v for i, v in enumerate(levels))  # pyright: ignore
+        hot = (code[..., None] == jnp.arange(len(plan.levels))).astype(jnp.float32)
+        return sum(hot[..., i] * v for i, v in enumerate(plan.levels))  # pyright: ignore
     if plan.kind == "float":
         kind = jnp.float8_e4m3fn if plan.mantissa == 3 else jnp.float8_e5m2
         return jax.lax.bitcast_convert_type(code.astype(jnp.uint8), kind).astype(jnp.float32)

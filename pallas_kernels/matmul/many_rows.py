@@ -52,7 +52,7 @@ def refusal(w: Packed) -> str:
 def shared_bytes(config: Config, plan: hopper.Plan) -> int:
     """Bytes of shared memory that a block takes, barriers not counted."""
     codes = config.code_stages * plan.streams * TALL * wide(plan)
-    return tiles.shared_bytes(config) + codes
+    return tiles.shared_bytes(config) + codes + hopper.lookup_bytes(plan)
 
 
 def wide(plan: hopper.Plan) -> int:
@@ -98,10 +98,15 @@ class _Problem(tiles.Tiles):
             "packed": plgpu.Barrier(num_arrivals=self.plan.streams, num_barriers=c.code_stages),
             "taken": plgpu.Barrier(num_arrivals=WORKERS, num_barriers=c.code_stages),
             "full": plgpu.Barrier(num_barriers=c.stages),
+            **hopper.lookup_scratch(self.plan, self.interpret),
         }
 
 
 class _Block(tiles.Block):
+    def prepare(self) -> None:
+        p = self.problem
+        hopper.fill_lookup(self.scratch.get("lookup"), p.plan, p.dtype, WORKERS + 1)
+
     # the warpgroup that fetches
 
     def fetch(self) -> None:
@@ -187,8 +192,9 @@ class _Block(tiles.Block):
         p = self.problem
         terms = [hopper.terms_of(p.plan, own, p.dtype) for own in entries[half, piece]]
         return hopper.expand_in_order(
-            words, piece, terms, p.plan, dtype=p.dtype, interpret=p.interpret
-        )
+            words, piece, terms, p.plan, dtype=p.dtype, interpret=p.interpret,
+            lookup=self.scratch.get("lookup"),
+        )  # fmt: skip
 
     def product(self, item: Item, after: Item, is_last: Any, state: Any) -> tuple[jax.Array, Any]:
         """The sums of an item, transposed, ``f32[64, block_m]``, and the state for the next one.

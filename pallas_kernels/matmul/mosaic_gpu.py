@@ -87,7 +87,7 @@ def shared_bytes(config: Config, plan: hopper.Plan) -> int:
     codes = plan.streams * ROWS * c.rows * c.row_bytes
     x = plan.pieces * c.block_m * c.row_bytes * 2
     sums = (c.split - 1) * c.rows * ROWS * c.block_m * 4
-    return c.split * c.stages * (codes + x) + sums
+    return c.split * c.stages * (codes + x) + sums + hopper.lookup_bytes(plan)
 
 
 class _Problem(Problem):
@@ -191,7 +191,7 @@ class _Problem(Problem):
             scratch["done"] = plgpu.Barrier(num_arrivals=c.split - 1, num_barriers=c.rows)
         if self.interpret:  # its WGMMA takes no registers
             scratch["staged"] = plgpu.SMEM((c.rows * c.split, ROWS, 64), self.dtype)
-        return scratch
+        return scratch | hopper.lookup_scratch(plan, self.interpret)
 
 
 class _Body:
@@ -279,6 +279,8 @@ class _Warpgroup:
     def start(self) -> None:
         for i in range(min(self.c.stages, self.p.mine)):
             self.as_leader(lambda i=i: self.fetch(jnp.int32(i)))
+        lookup = self.scratch.get("lookup")
+        hopper.fill_lookup(lookup, self.body.plan, self.p.dtype, self.c.rows * self.c.split)
 
     def as_leader(self, run: Any, also: Any = True) -> None:
         """`run` by the warpgroup that fetches for all that share a ring."""
@@ -376,6 +378,7 @@ class _Warpgroup:
             made = hopper.expand(
                 codes, half, terms, plan, pieces=pieces,
                 dtype=p.dtype, row_bytes=c.row_bytes, interpret=self.interpret,
+                lookup=self.scratch.get("lookup"),
             )  # fmt: skip
             own = accumulators[64 * half * len(accumulators) // c.row_bytes]
             for piece, a in zip(pieces, made):

@@ -191,6 +191,7 @@ def _body(kind: type[Block], problem: Tiles, out_m: int, *refs: Any, **scratch: 
     x, codes, *tables, outs = refs
     wg = lax.axis_index("wg")
     block = kind(problem, out_m, x, codes, tables, outs, scratch, wg)
+    block.prepare()
 
     @pl.when(wg == WORKERS)
     def _() -> None:
@@ -237,6 +238,9 @@ class Block:
     outs: dict[str, Any]
     scratch: dict[str, Any]
     wg: Any
+
+    def prepare(self) -> None:
+        """What all warpgroups do first."""
 
     def fetch(self) -> None:
         """What the warpgroup does that starts the copies."""

@@ -156,6 +156,13 @@ def test_every_shape_gets_blocks_that_fit(spec):
             )
 
 
+def test_a_multiprocessor_holds_two_blocks_with_their_table_of_levels():
+    plan = hopper.plan_of(codecs.get("nf4-g64"))
+    for m in (1, 16, 32, 64):
+        c = tuned.config(plan, m, 14336, 4096)
+        assert 2 * (mosaic_gpu.shared_bytes(c, plan) + 1024) < 228 * 1024  # the driver takes 1024
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_many_rows_get_blocks_that_fit(spec):
     plan = hopper.plan_of(codecs.get(spec))

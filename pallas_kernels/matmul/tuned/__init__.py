@@ -24,7 +24,7 @@ def table(device: str) -> dict[str, Any]:
 def config(plan: Plan, m: int, n: int, k: int, device: str = "hopper") -> Config:
     """The blocks for ``[M, K] x [N, K]``: the first rule that fits, made smaller where shared memory is too small."""
     for rule in table(device)["rules"]:
-        if m <= rule["max_m"] and rule.get("pieces", plan.pieces) == plan.pieces:
+        if m <= rule["max_m"] and _is_for(rule, plan):
             break
     else:
         raise AssertionError(f"no rule for M = {m}")
@@ -84,8 +84,13 @@ def takes_rounded(m: int, device: str = "hopper") -> bool:
 
 
 def _rule(plan: Plan, device: str) -> dict[str, Any] | None:
-    same = lambda rule: (rule["kind"], rule["pieces"]) == (plan.kind, plan.pieces)
-    return next(filter(same, table(device)["many"]), None)
+    return next((rule for rule in table(device)["many"] if _is_for(rule, plan)), None)
+
+
+def _is_for(rule: dict[str, Any], plan: Plan) -> bool:
+    """Whether a rule, which may name a kind and a number of pieces, is about a plan."""
+    own = {"kind": plan.kind, "pieces": plan.pieces}
+    return all(rule.get(key, value) == value for key, value in own.items())
 
 
 def _fastest(
