@@ -29,6 +29,7 @@ from .layout import settled as settled
 from .layout import store_transposed as store_transposed
 from .layout import sync as sync
 from .layout import tiled as tiled
+from .nibbles import expand_nibbles as expand_nibbles
 from .ring import Ring as Ring
 from .ring import ring_barriers as ring_barriers
 from .staged import stage_transposed as stage_transposed

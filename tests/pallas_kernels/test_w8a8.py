@@ -11,8 +11,9 @@ import pytest
 
 import stowax as sx
 from stowax.pallas_kernels import codecs, matmul
-from stowax.pallas_kernels.matmul import reference, tiles, tokens, tuned, w8a8, w8a8_mosaic_gpu
+from stowax.pallas_kernels.matmul import many_rows, reference, tiles, tokens, tuned, w8a8, w8a8_mosaic_gpu
 
+FOUR = ["int4-sym", "qoq4-g16"]
 SHAPES = {  # batch, M, K, N
     "vector": ((), 1, 32, 16),
     "odd": ((), 5, 37, 7),
@@ -28,7 +29,7 @@ def operands(batch, m, k, n, spec, dtype=jnp.float32):
     return x, codecs.pack(w, codecs.get(spec), lead=lead, inner=(len(batch) + 1,))
 
 
-@pytest.mark.parametrize("spec", ["int8", "int8-tensor", "int8-f32", "fp8_e4m3"])
+@pytest.mark.parametrize("spec", ["int8", "int8-tensor", "int8-f32", "fp8_e4m3", *FOUR])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values(spec, shape):
     x, w = operands(*SHAPES[shape], spec)
@@ -69,11 +70,17 @@ def test_multiplies_in_8_bits():
 
 
 # batch, M, K, N, config: whole and ragged tiles, an odd number of steps, parts of K for all tiles, for the last ones
-KERNEL = {"int8": ((2,), 70, 384, 136, tiles.Config(64, 2, blocks=2))}
+KERNEL = {
+    "int8": ((2,), 70, 384, 136, tiles.Config(64, 2, blocks=2)),
+    "qoq4-g64": ((2,), 40, 512, 136, many_rows.Config(48, 2, blocks=2)),
+}
 KERNEL_SLOW = {
     "fp8_e4m3": ((1,), 72, 384, 264, tiles.Config(48, 3, blocks=4, parts=2)),
     "int8-tensor": ((1,), 20, 1152, 128, tiles.Config(32, 3, blocks=9, parts=3)),
     "int8-f32": ((1,), 20, 128, 256, tiles.Config(32, 3, blocks=9)),
+    "int4-sym": ((1,), 20, 768, 136, many_rows.Config(32, 3, blocks=3, parts=2)),
+    "qoq4-g32-f32": ((1,), 72, 256, 264, many_rows.Config(48, 3, blocks=4)),
+    "qoq4-g512": ((1,), 20, 512, 128, many_rows.Config(32, 3, blocks=9, parts=2)),
 }
 
 
@@ -85,14 +92,13 @@ def test_kernel(spec):
     *sizes, config = (KERNEL | KERNEL_SLOW)[spec]
     x, w = operands(*sizes, spec)
     codes, scale = w8a8.quantize_tokens(x, w8a8._element(w))
-    run = functools.partial(
-        w8a8_mosaic_gpu.matmul, config=config, out_dtype=jnp.float32, interpret=True
-    )
+    kernel = w8a8._kernel(w).matmul
+    run = functools.partial(kernel, config=config, out_dtype=jnp.float32, interpret=True)
     got, want = jax.jit(run)(codes, scale, w), w8a8.matmul(x, w)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("spec", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize("spec", ["int8", "fp8_e4m3", "int4-sym", "qoq4-g64"])
 @pytest.mark.parametrize(("m", "n", "kernel"), [(8, 256, "few"), (300, 256, "many"), (300, 40, "")])
 def test_lowers_for_cuda(spec, m, n, kernel):
     """Few tokens run the weight-only kernel, many one for two operands of 8 bits; what no kernel takes, XLA."""
@@ -118,7 +124,7 @@ def test_kernel_of_tokens(k, dtype):
 def test_every_shape_gets_blocks_that_fit():
     for k, n in ((4096, 14336), (14336, 4096), (1536, 576)):
         for m in (65, 129, 1000, 4096):
-            c = tuned.rounded(1, m, n, k)
+            c = tuned.rounded(8, 1, m, n, k)
             assert w8a8_mosaic_gpu.shared_bytes(c) <= tuned.SHARED_BYTES
             assert c.stages >= 2
             assert c.block_m % 16 == 0

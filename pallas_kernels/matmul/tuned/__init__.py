@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 from ...hopper import ROWS, Plan
-from .. import many_rows, tiles, w8a8_mosaic_gpu
+from .. import many_rows, tiles, w4a8_mosaic_gpu, w8a8_mosaic_gpu
 from ..mosaic_gpu import Config, shared_bytes
 
 SHARED_BYTES = 227 * 1024  # a block of a Hopper GPU has
@@ -71,16 +71,18 @@ def many(
     return _fastest(make, fits, (batch, m, n, k // many_rows.STEP), steps, step)
 
 
-def rounded(batch: int, m: int, n: int, k: int, device: str = "hopper") -> tiles.Config:
-    """The same where both operands are of 8 bits."""
-    step = table(device)["rounded"]["step_us"]
+def rounded(bits: int, batch: int, m: int, n: int, k: int, device: str = "hopper") -> tiles.Config:
+    """The same where x is of 8 bits, and the weight of 8 or 4."""
+    step = table(device)["rounded"][str(bits)]["step_us"]
     make, fits = functools.partial(tiles.Config, stages=12), w8a8_mosaic_gpu.shared_bytes
+    if bits == 4:
+        make, fits = functools.partial(many_rows.Config, stages=12), w4a8_mosaic_gpu.shared_bytes
     return _fastest(make, fits, (batch, m, n, k // tiles.LINE), -(-k // 256), step)
 
 
-def takes_rounded(m: int, device: str = "hopper") -> bool:
-    """Whether two operands of 8 bits are faster than the weight-only kernel for M rows."""
-    return m >= table(device)["rounded"]["from_m"]
+def takes_rounded(bits: int, m: int, device: str = "hopper") -> bool:
+    """Whether multiplying in 8 bits is faster than the weight-only kernel for M rows."""
+    return m >= table(device)["rounded"][str(bits)]["from_m"]
 
 
 def _rule(plan: Plan, device: str) -> dict[str, Any] | None:
