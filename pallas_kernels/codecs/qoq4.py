@@ -1,9 +1,9 @@
 """4-bit integers on a grid of 8-bit ones: an integer scale for each group over a float scale for each channel.
 
-``x' = channel_scale * (scale * (code - 8))`` with ``scale`` an integer from -15 to 16, so that the inner product of
-codes and group scales is an int8: a matmul with activations in 8 bits multiplies it as it is, and the float scale comes on
-the finished sum. ``channel_scale`` is that of the group with the widest range at 16; each group then takes the integer of
-least squared error, whose sign maps its value of largest magnitude to the code 0.
+``x' = channel_scale * (scale * (code - 8))`` with an integer ``scale`` from -15 to 16, so that the inner product fits
+int8: a matmul with activations in 8 bits multiplies it as it is, and the float scale comes on the finished sum. The
+group with the widest range of its channel has 16 for that range; each group then takes the integer of least squared
+error, whose sign maps its value of largest magnitude to the code 0.
 
 Source: the progressive group quantization of QServe (Lin et al., 2024, arXiv:2405.04532). It differs: no zero point but
 scales of either sign, and groups that are fitted to the weights, not to their 8-bit form.

@@ -1,8 +1,8 @@
 """4 bits times 8 bits on Hopper: `many_rows`, whose codes become int8 in registers.
 
-A tile of 128 bytes of codes is two steps, of the columns of its low and of its high nibbles. What a group's integer scale
-makes of a code is an int8, so sums are exact in int32 over all of K; the scales of channels and tokens come on the
-finished sum.
+A tile of 128 bytes of codes is two steps, of the columns of its low and of its high nibbles. What a group's integer
+scale makes of a code is an int8, so sums are exact in int32 over all of K; the scales of channels and tokens come on
+the finished sum.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 The weight has a scale for each row and no zero point, so both scales come on the finished sum: int8 x int8 adds up
 in int32 without an error, E4M3 x E4M3 in float32. Weights of 4 bits become int8 on the way: ``int4-sym`` as they are,
-``qoq4`` times the integers of its groups. It is what weights of ``int8-a8``, ``fp8_e4m3-a8``, ``int4-sym-a8`` and ``qoq4``
-run: on a Hopper GPU kernels of their own for many tokens, and the weight-only one, which x in 8 bits also fits, for few;
-elsewhere `lax.dot_general`, which XLA maps to the 8-bit units of a TPU and fuses with the rounding and the scales.
+``qoq4`` times the integers of its groups. It is what weights of ``int8-a8``, ``fp8_e4m3-a8``, ``int4-sym-a8`` and
+``qoq4`` run: on a Hopper GPU kernels of their own for many tokens, and the weight-only one, which x in 8 bits also
+fits, for few; elsewhere `lax.dot_general`, which XLA maps to the 8-bit units of a TPU and fuses with the rounding and
+the scales.
 
 Weight-only kernels keep `x` as it is and save bytes; this one also multiplies at the 8-bit rate, which pays where
 the matmul is bound by arithmetic (prefill, large batches), at the price of the rounding of `x`.
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import hopper
-from ..codecs import Fp8, Int, Packed, Qoq4, unpack_bits
+from ..codecs import Fp8, GroupCodec, Int, Packed, Qoq4, unpack_bits
 from ..op import Op, one_by_one
 from . import mosaic_gpu, tuned, w4a8_mosaic_gpu, w8a8_mosaic_gpu, xla
 from .layout import is_stored_as_shown
@@ -65,7 +66,7 @@ def _product(x: jax.Array, w: Packed, preferred_element_type: Any) -> jax.Array:
 
 def _by_xla(operands: Any, *, out_dtype: Any) -> jax.Array:
     codes, scale, w = operands
-    sums = _sums(codes, w) if w.codec.bits == 8 else xla.tiled(_sums, None, codes, w)
+    sums = _sums(codes, w) if bits_of(w) == 8 else xla.tiled(_sums, None, codes, w)
     rows = jnp.swapaxes(_scale_of_rows(w).astype(jnp.float32), -1, -2)
     return (sums.astype(jnp.float32) * scale * rows).astype(out_dtype)
 
@@ -87,7 +88,7 @@ def _on_cuda(operands: Any, *, out_dtype: Any) -> jax.Array:
     one, batch = w.folded(range(len(lead))), math.prod(lead)
     codes, scale = codes.reshape(batch, m, k), scale.reshape(batch, m, 1)
     if path == "many rows":
-        config = tuned.rounded(w.codec.bits, batch, m, n, k)
+        config = tuned.rounded(bits_of(w), batch, m, n, k)
         out = _kernel(w).matmul(codes, scale, one, config, out_dtype=out_dtype)
     else:  # bfloat16 holds every code
         one, x = _weight_only(one), codes.astype(jnp.bfloat16)
@@ -99,14 +100,14 @@ def _on_cuda(operands: Any, *, out_dtype: Any) -> jax.Array:
 
 def kernel_of(x: Any, w: Packed) -> str:
     """What a Hopper GPU runs for `x`, or its codes: "many rows", "few rows", or "" where no kernel can."""
-    if tuned.takes_rounded(w.codec.bits, x.shape[-2]) and not _kernel(w).refusal(w):
+    if tuned.takes_rounded(bits_of(w), x.shape[-2]) and not _kernel(w).refusal(w):
         return "many rows"
     like: Any = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
     return "" if mosaic_gpu.refusal(like, _weight_only(w)) else "few rows"
 
 
 def _kernel(w: Packed) -> Any:
-    return w8a8_mosaic_gpu if w.codec.bits == 8 else w4a8_mosaic_gpu
+    return w8a8_mosaic_gpu if bits_of(w) == 8 else w4a8_mosaic_gpu
 
 
 def _weight_only(w: Packed) -> Packed:
@@ -167,6 +168,12 @@ def rounded(x: jax.Array, w: Packed) -> jax.Array:
     """What `matmul` makes of `x`, as float32: the definition of right is the product of that with the decoded `w`."""
     codes, scale = quantize_tokens(x, _element(w))
     return codes.astype(jnp.float32) * scale
+
+
+def bits_of(w: Packed) -> int:
+    """Bits of a code of a weight that is multiplied in 8 bits."""
+    assert isinstance(w.codec, GroupCodec)
+    return w.codec.bits
 
 
 def _element(w: Packed) -> Any:

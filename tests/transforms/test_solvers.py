@@ -31,6 +31,7 @@ LOW_BITS = [
     "nf4-g36",
     "mxfp4",
     "nvfp4",
+    "qoq4-g32",
 ]
 WIDE = ["int8", "fp8_e5m2-tensor"]
 SHIFTED = ["int4-g32", "int3-g64", "int4", "int4-tensor"]
