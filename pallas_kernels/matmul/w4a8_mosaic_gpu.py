@@ -54,7 +54,6 @@ def matmul(
     """
     if isinstance(w.codec, Int):
         levels, rows = w, w.parts["scale"]
-        scale = scale / 16  # which codes are multiplied by
     else:
         levels, rows = over_channels(w), w.parts["channel_scale"]
     problem = many_rows.Problem.of(codes, levels, config, out_dtype, interpret)
@@ -77,17 +76,21 @@ def over_channels(w: Packed, scale: jax.Array | None = None) -> Packed:
 
 
 class _Block(many_rows.Block):
+    @property
+    def has_groups(self) -> bool:
+        return len(self.tables) > 2
+
     def entries(self, item: Item, j: Any) -> Any:
-        has_groups = len(self.tables) > 2
-        return super().entries(item, j) if has_groups else ()
+        return super().entries(item, j) if self.has_groups else ()
 
     def words(self, slot: Any, half: int) -> jax.Array:
         own = self.scratch["codes"].at[slot, 0, pl.ds(self.wg * ROWS, ROWS)]
         return hopper.load_bytes(own, jnp.uint8, self.problem.interpret)
 
     def decoded(self, words: jax.Array, half: int, piece: int, entries: Any) -> jax.Array:
-        scales = [scale for (scale,) in entries[half, piece]] if entries else []
+        scales = [scale for (scale,) in entries[half, piece]] if self.has_groups else []
         return hopper.expand_nibbles(words, piece, scales, self.problem.interpret)
 
     def write(self, item: Item, total: jax.Array) -> None:
-        super().write(item, scaled(self, item, total))
+        unit = 1.0 if self.has_groups else 1 / 16  # codes of a channel are multiplied by 16
+        super().write(item, scaled(self, item, total, unit))

@@ -87,7 +87,7 @@ def _on_cuda(operands: Any, *, out_dtype: Any) -> jax.Array:
     lead, (m, k), n = w.shape[:-2], codes.shape[-2:], w.shape[-2]
     one, batch = w.folded(range(len(lead))), math.prod(lead)
     codes, scale = codes.reshape(batch, m, k), scale.reshape(batch, m, 1)
-    if path == "many rows":
+    if path == "8-bit units":
         config = tuned.rounded(bits_of(w), batch, m, n, k)
         out = _kernel(w).matmul(codes, scale, one, config, out_dtype=out_dtype)
     else:  # bfloat16 holds every code
@@ -99,11 +99,12 @@ def _on_cuda(operands: Any, *, out_dtype: Any) -> jax.Array:
 
 
 def kernel_of(x: Any, w: Packed) -> str:
-    """What a Hopper GPU runs for `x`, or its codes: "many rows", "few rows", or "" where no kernel can."""
+    """What a Hopper GPU runs for `x`, or its codes: "8-bit units", "weight-only", or "" where no kernel can."""
     if tuned.takes_rounded(bits_of(w), x.shape[-2]) and not _kernel(w).refusal(w):
-        return "many rows"
+        return "8-bit units"
     like: Any = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
-    return "" if mosaic_gpu.refusal(like, _weight_only(w)) else "few rows"
+    refused = mosaic_gpu.refusal(like, jax.eval_shape(_weight_only, w))
+    return "" if refused else "weight-only"
 
 
 def _kernel(w: Packed) -> Any:

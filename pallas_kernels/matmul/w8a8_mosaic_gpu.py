@@ -148,11 +148,12 @@ class _Block(tiles.Block):
         super().write(item, scaled(self, item, total))
 
 
-def scaled(block: tiles.Block, item: Item, total: jax.Array) -> jax.Array:
-    """The sums of an item times the scales of rows and of tokens, the last two tables of a block."""
+def scaled(block: tiles.Block, item: Item, total: jax.Array, unit: float = 1.0) -> jax.Array:
+    """The sums of an item times `unit` and the scales of rows and of tokens, the last two tables of a block."""
     p, (*_, rows, columns) = block.problem, block.tables
     row = item.entry * p.n + item.column + block.wg * ROWS
     own = hopper.load_table(rows, 1, row, jnp.int32(0), p.k, True, p.interpret)
+    own = own.astype(jnp.float32) * unit if unit != 1 else own
     first = item.entry * block.out_m + item.row
     return hopper.scale_sums(total, own, columns, first, p.batch * block.out_m, p.interpret)
 

@@ -73,11 +73,12 @@ def many(
 
 def rounded(bits: int, batch: int, m: int, n: int, k: int, device: str = "hopper") -> tiles.Config:
     """The same where x is of 8 bits, and the weight of 8 or 4."""
-    step = table(device)["rounded"][str(bits)]["step_us"]
+    rule, sizes = table(device)["rounded"][str(bits)], (batch, m, n, k // tiles.LINE)
     make, fits = functools.partial(tiles.Config, stages=12), w8a8_mosaic_gpu.shared_bytes
     if bits == 4:
-        make, fits = functools.partial(many_rows.Config, stages=12), w4a8_mosaic_gpu.shared_bytes
-    return _fastest(make, fits, (batch, m, n, k // tiles.LINE), -(-k // 256), step)
+        make = functools.partial(many_rows.Config, stages=12, code_stages=4)
+        fits = w4a8_mosaic_gpu.shared_bytes
+    return _fastest(make, fits, sizes, -(-k // 256), rule["step_us"], rule.get("alone_to_m", 0))
 
 
 def takes_rounded(bits: int, m: int, device: str = "hopper") -> bool:
@@ -91,8 +92,9 @@ def _rule(plan: Plan, device: str) -> dict[str, Any] | None:
 
 
 def _fastest(
-    make: Any, shared_bytes: Any, sizes: tuple[int, int, int, int], tiles_k: int, step_us: Any
-) -> Any:
+    make: Any, shared_bytes: Any, sizes: tuple[int, int, int, int], tiles_k: int, step_us: Any,
+    alone_to_m: int = 0,
+) -> Any:  # fmt: skip
     """The fastest of all cuts.
 
     Args:
@@ -101,10 +103,11 @@ def _fastest(
       sizes: batch, M, N, steps along K.
       tiles_k: parts at most.
       step_us: microseconds of a step: of all, and for each row of x.
+      alone_to_m: rows of x so few that every block fetches its own.
     """
     _, m, n, _ = sizes
     fewest = -(-m // 256)
-    cluster = 2 if n > tiles.TALL else 1
+    cluster = 2 if n > tiles.TALL and m > alone_to_m else 1
     choices = []
     for count in range(fewest, 2 * fewest + 1):
         for parts in (1, 2, 3, 4, 6, 8):
@@ -117,7 +120,10 @@ def _fastest(
 
 def _fitting_stages(config: Any, shared_bytes: Any) -> Any:
     while shared_bytes(config) > SHARED_BYTES - 1024:  # barriers take some
-        config = dataclasses.replace(config, stages=config.stages - 1)
+        ring = "stages"
+        if config.stages <= 4 and getattr(config, "code_stages", 2) > 2:
+            ring = "code_stages"
+        config = dataclasses.replace(config, **{ring: getattr(config, ring) - 1})
     return config
 
 
