@@ -148,10 +148,8 @@ def refusal(x: jax.Array, w: Packed) -> str:
     """Why `x` and `w` cannot be multiplied in 8 bits; empty if they can."""
     codec, view = w.codec, w.view
     is_int = isinstance(codec, Int) and codec.bits in (4, 8) and bool(codec.symmetric)
-    is_float, is_grouped = (
-        isinstance(codec, Fp8) and codec.element == "e4m3",
-        isinstance(codec, Qoq4),
-    )
+    is_float = isinstance(codec, Fp8) and codec.element == "e4m3"
+    is_grouped = isinstance(codec, Qoq4)
     if not (is_int or is_float or is_grouped):
         return f"the codec {codec.name} is neither int8 or int4 without a zero point nor fp8_e4m3 or qoq4"
     if not is_grouped and codec.group_size(view.length) < view.length:  # pyright: ignore[reportAttributeAccessIssue]
