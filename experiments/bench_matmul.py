@@ -52,6 +52,8 @@ def packed(spec: str, n: int, k: int, seed: int) -> Packed:
     def fill(path: Any, x: Any) -> jax.Array:
         if x.dtype == jnp.uint8:
             return jax.random.bits(key, x.shape, jnp.uint8)
+        if x.dtype == jnp.int8:  # scales of groups
+            return jax.random.randint(key, x.shape, 1, 17, jnp.int8)
         zero = "zero" in jax.tree_util.keystr(path)
         low, high = (0.0, 15.0) if zero else (0.01, 0.03)
         x = jax.random.uniform(key, x.shape, jnp.float32, low, high).astype(x.dtype)

@@ -29,6 +29,7 @@ from .packed import pack as pack
 from .packing import pack_bits as pack_bits
 from .packing import packed_bytes as packed_bytes
 from .packing import unpack_bits as unpack_bits
+from .qoq4 import Qoq4 as Qoq4
 from .rows import PerChannel as PerChannel
 from .rows import PerToken as PerToken
 from .rows import RowCodec as RowCodec

@@ -141,8 +141,9 @@ def reduce_axes(groups: jax.Array, per_tensor: bool, batch_dims: int) -> tuple[i
 def check_activations(activations: int | None, fits: bool, group: int | None) -> None:
     if activations is not None and (activations != 8 or not fits or group is not None):
         raise ValueError(
-            "activations of 8 bits (`-a8`) go with int8 without a zero point and with fp8_e4m3, a scale for each "
-            f"channel or the tensor; the group is {group}: choose 'int8-a8' or 'fp8_e4m3-a8'"
+            "activations of 8 bits (`-a8`) go with int8 and int4 without a zero point and with fp8_e4m3, a scale "
+            f"for each channel or the tensor; the group is {group}: choose 'int8-a8', 'int4-sym-a8' or "
+            "'fp8_e4m3-a8', or for 4 bits in groups 'qoq4-g128'"
         )
 
 

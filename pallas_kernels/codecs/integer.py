@@ -48,7 +48,7 @@ class Int(GroupCodec):
       per_tensor: one scale for the whole tensor (for each batch entry).
       scale_dtype: what scales and zero points are stored in: ``f16``, ``bf16`` or ``f32``.
       activations: 8 to round what is multiplied with the weight to 8 bits, a scale for each token (`matmul.w8a8`); None
-        to leave it as it is. With 8 symmetric bits only, and no groups.
+        to leave it as it is. With 4 or 8 symmetric bits only, and no groups.
     """
 
     bits: int = 8  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
@@ -64,7 +64,8 @@ class Int(GroupCodec):
         check_scale_dtype(self.scale_dtype)
         if self.symmetric is None:
             object.__setattr__(self, "symmetric", self._symmetric_by_default)
-        check_activations(self.activations, self.bits == 8 and bool(self.symmetric), self.group)
+        fits = self.bits in (4, 8) and bool(self.symmetric)
+        check_activations(self.activations, fits, self.group)
 
     @property
     def name(self) -> str:

@@ -21,12 +21,17 @@ from .lloyd_max import LEVELS, LloydMax
 from .mx import Mx
 from .nf4 import NF4
 from .nvfp4 import Nvfp4
+from .qoq4 import Qoq4
 
 # head: (class, its fixed fields, examples of the options that it takes)
 CODECS: dict[str, tuple[type[Codec], dict[str, object], tuple[str, ...]]] = {
     **{f"int{bits}": (Int, {"bits": bits}, ("-g64",)) for bits in (2, 3, 5, 6, 7)},
     "int1": (Int, {"bits": 1}, ("", "-g64", "-g32-asym")),
-    "int4": (Int, {"bits": 4}, ("", "-g32", "-g64", "-g128-sym", "-tensor", "-g64-bf16")),
+    "int4": (
+        Int,
+        {"bits": 4},
+        ("", "-g32", "-g64", "-g128-sym", "-tensor", "-g64-bf16", "-sym-a8"),
+    ),
     "int8": (Int, {"bits": 8}, ("", "-g64", "-g128-asym", "-tensor", "-f32", "-a8")),
     **{f"lm{bits}": (LloydMax, {"bits": bits}, ("-g32",)) for bits in LEVELS},
     "nf4": (NF4, {}, ("", "-g64", "-tensor-f32")),
@@ -36,6 +41,7 @@ CODECS: dict[str, tuple[type[Codec], dict[str, object], tuple[str, ...]]] = {
     "mxfp8_e4m3": (Mx, {"element": "e4m3"}, ("",)),
     "mxfp8_e5m2": (Mx, {"element": "e5m2"}, ("",)),
     "nvfp4": (Nvfp4, {}, ("",)),
+    "qoq4": (Qoq4, {}, ("", "-g32-f32")),
     **{
         cls.__name__.lower(): (cls, {}, ("",))
         for cls in (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K)
@@ -45,6 +51,7 @@ CODECS: dict[str, tuple[type[Codec], dict[str, object], tuple[str, ...]]] = {
 
 ALIASES = {
     "w8a8": "int8-a8",
+    "w4a8": "qoq4-g128",
     "float32": "f32",
     "fp32": "f32",
     "float16": "f16",
@@ -57,7 +64,8 @@ FORMS = (
     "lm<1-4>[-g<N>][-f32|-bf16]",
     "nf4[-g<N>|-tensor][-f32|-bf16]",
     "fp8_e4m3, fp8_e5m2, each [-g<N>|-tensor][-f16|-bf16]",
-    "int8[-tensor][-f32|-bf16]-a8 (also w8a8), fp8_e4m3[-tensor][-f16|-bf16]-a8",
+    "int8[-tensor][-f32|-bf16]-a8 (also w8a8), int4-sym[-tensor][-f32|-bf16]-a8, fp8_e4m3[-tensor][-f16|-bf16]-a8",
+    "qoq4[-g<N>][-f32|-bf16] (also w4a8)",
     "mxfp4, mxfp8_e4m3, mxfp8_e5m2, nvfp4",
     "q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k",
     "f32, f16, bf16",

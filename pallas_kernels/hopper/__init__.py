@@ -32,6 +32,7 @@ from .layout import tiled as tiled
 from .lookup import fill_lookup as fill_lookup
 from .lookup import lookup_bytes as lookup_bytes
 from .lookup import lookup_scratch as lookup_scratch
+from .nibbles import expand_nibbles as expand_nibbles
 from .ring import Ring as Ring
 from .ring import ring_barriers as ring_barriers
 from .staged import stage_transposed as stage_transposed

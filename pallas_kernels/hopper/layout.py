@@ -132,6 +132,7 @@ def load_table(
             return take(index(column))
         return jnp.stack([take(index(column + 64 * (c % 2) + 16 * (c // 2))) for c in range(8)], 1)
     shape, layout = ((ROWS,), ROW) if whole else ((ROWS, 8), WGMMA)
+    signed = asm.is_signed(ref.dtype)
 
     @asm.inline(
         arg_types=(plgpu.RefType(), SCALAR, SCALAR),
@@ -155,7 +156,7 @@ def load_table(
             loaded = [llvm.load(element, asm.at(pointer, i, element)) for i in found]
             kind = ir.VectorType.get((len(loaded),), element)
             registers.append(vector.from_elements(kind, loaded))
-        return asm.array(np.array(registers, dtype=object), layout, shape)
+        return asm.array(np.array(registers, dtype=object), layout, shape, is_signed=signed)
 
     return load(ref, row, column)
 

@@ -24,7 +24,7 @@ def load_bytes(codes: Any, dtype: Any, interpret: bool) -> jax.Array:
     """A tile ``uint8[64, 128]`` in shared memory as the A operand of WGMMA.
 
     Args:
-      dtype: int8, where code 128 is the integer 0, or an 8-bit float, whose bits codes are.
+      dtype: int8, where code 128 is the integer 0, an 8-bit float, whose bits codes are, or uint8, the codes.
     """
     flip = 0x80 if dtype == jnp.int8 else 0
     if interpret:
@@ -43,7 +43,7 @@ def load_bytes(codes: Any, dtype: Any, interpret: bool) -> jax.Array:
         base = arith.addi(base, arith.muli(row, asm.const(LINE)))
         half = arith.shrui(lane, asm.const(4))
         element = ir.IntegerType.get_signless(8)
-        if dtype != jnp.int8:
+        if jnp.issubdtype(dtype, jnp.floating):
             kinds = {"float8_e4m3fn": ir.Float8E4M3FNType, "float8_e5m2": ir.Float8E5M2Type}
             element = kinds[jnp.dtype(dtype).name].get()
         kind = ir.VectorType.get((4,), element)
@@ -54,7 +54,7 @@ def load_bytes(codes: Any, dtype: Any, interpret: bool) -> jax.Array:
             for word in load_matrices(place, transposed=False):
                 word = arith.xori(word, asm.const(0x01010101 * flip)) if flip else word
                 registers.append(asm.bits(word, kind))
-        signed = True if dtype == jnp.int8 else None
+        signed = asm.is_signed(dtype)
         layout = plgpu.Layout.WGMMA_8BIT
         return asm.array(np.array(registers, dtype=object), layout, (ROWS, LINE), is_signed=signed)
 

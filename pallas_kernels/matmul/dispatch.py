@@ -77,7 +77,7 @@ def describe(x: Any, w: Packed) -> str:
 
 def _describe_rounded(x: Any, w: Packed) -> str:
     kernel = w8a8.kernel_of(x, w) if hopper.is_here() else ""
-    return f"w8a8: x in 8 bits too, {f'mosaic_gpu: {kernel}' if kernel else 'xla'}"
+    return f"w{w8a8.bits_of(w)}a8: x in 8 bits too, {f'mosaic_gpu: {kernel}' if kernel else 'xla'}"
 
 
 def _takes_many(x: Any, w: Packed) -> bool:

@@ -21,7 +21,7 @@ from . import tiles
 from .problem import in_halves
 from .tiles import TALL, WORKERS, Item
 
-STEP = 64  # columns of a step
+STEP = 64  # columns of a step, of x in 16 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +55,9 @@ def shared_bytes(config: Config, plan: hopper.Plan) -> int:
     return tiles.shared_bytes(config) + codes + hopper.lookup_bytes(plan)
 
 
-def wide(plan: hopper.Plan) -> int:
+def wide(plan: hopper.Plan, step: int = STEP) -> int:
     """Bytes of a row in a tile of codes: at least two steps, whose registers take turns."""
-    return STEP * max(1, 2 // plan.pieces)
+    return step * max(1, 2 // plan.pieces)
 
 
 def matmul(
@@ -66,21 +66,21 @@ def matmul(
     """``[B, M, K] x [B, N, K] -> [B, M, N]``, summed in float32, of `out_dtype` (None: as x)."""
     if x.dtype == jnp.float32:
         return in_halves(matmul, x, w, config, out_dtype, interpret)
-    problem = _Problem.of(x, w, config, out_dtype, interpret)
+    problem = Problem.of(x, w, config, out_dtype, interpret)
     codes, tables = problem.operands(w)
-    return problem.run(_Block, x, codes, *tables)
+    return problem.run(Block, x, codes, *tables)
 
 
-class _Problem(tiles.Tiles):
+class Problem(tiles.Tiles):
     @property
     def wide(self) -> int:
         """Bytes of a row in a tile of codes."""
-        return wide(self.plan)
+        return wide(self.plan, self.step)
 
     @property
     def steps(self) -> list[tuple[int, int]]:
-        """Of a tile of codes: which 64 bytes of it, and which piece of them."""
-        return [(h, i) for h in range(self.wide // STEP) for i in range(self.plan.pieces)]
+        """Of a tile of codes: which bytes of it, and which piece of them."""
+        return [(h, i) for h in range(self.wide // self.step) for i in range(self.plan.pieces)]
 
     @property
     def tiles_k(self) -> int:
@@ -102,7 +102,7 @@ class _Problem(tiles.Tiles):
         }
 
 
-class _Block(tiles.Block):
+class Block(tiles.Block):
     def prepare(self) -> None:
         p = self.problem
         hopper.fill_lookup(self.scratch.get("lookup"), p.plan, p.dtype, WORKERS + 1)
@@ -125,7 +125,7 @@ class _Block(tiles.Block):
                 for k, (half, piece) in enumerate(p.steps):
                     empty = lambda slot=slot: plgpu.barrier_wait(self.barrier("empty", slot))
                     pl.when(i * len(p.steps) + k >= c.stages)(empty)
-                    self.fetch_x(slot, item, piece * p.piece + column + half * STEP)
+                    self.fetch_x(slot, item, piece * p.piece + column + half * p.step)
                     slot = self.after(slot)
                 return i + 1, slot
 
@@ -172,17 +172,18 @@ class _Block(tiles.Block):
             table, p.n_groups, row, at, p.group, True, p.interpret
         )
         start = (item.start + j) * p.wide
-        parts = range(0, STEP, min(p.group, STEP))
+        parts = range(0, p.step, min(p.group, p.step))
+        tables = self.tables[: p.plan.terms]
         return {
             (half, piece): [
-                [load(t, piece * p.piece + start + half * STEP + part) for t in self.tables]
+                [load(t, piece * p.piece + start + half * p.step + part) for t in tables]
                 for part in parts
             ]
             for half, piece in p.steps
         }
 
     def words(self, slot: Any, half: int) -> Any:
-        """64 bytes of each row of a tile of codes, in registers."""
+        """A step's bytes of each row of a tile of codes, in registers."""
         p, rows = self.problem, pl.ds(self.wg * ROWS, ROWS)
         tiles = [self.scratch["codes"].at[slot, s, rows] for s in range(p.plan.streams)]
         return hopper.load_in_order(tiles, half, p.wide, p.interpret)
@@ -197,7 +198,7 @@ class _Block(tiles.Block):
         )  # fmt: skip
 
     def product(self, item: Item, after: Item, is_last: Any, state: Any) -> tuple[jax.Array, Any]:
-        """The sums of an item, transposed, ``f32[64, block_m]``, and the state for the next one.
+        """The sums of an item, transposed, ``[64, block_m]``, and the state for the next one.
 
         Args:
           after: the next item.
@@ -239,4 +240,4 @@ class _Block(tiles.Block):
             self.release(self.before(state_[1]))
             return total, state_
 
-        return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, c.block_m), jnp.float32))
+        return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, c.block_m), p.sums))

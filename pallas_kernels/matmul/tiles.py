@@ -76,6 +76,16 @@ class Tiles(Problem):
     """A matmul as tiles of its result. A kernel says how many `tiles_k` there are, and what a `Block` does."""
 
     @property
+    def step(self) -> int:
+        """Columns of a step."""
+        return LINE // self.dtype.itemsize
+
+    @property
+    def sums(self) -> Any:
+        """What products add up in."""
+        return jnp.int32 if self.dtype == jnp.int8 else jnp.float32
+
+    @property
     def tiles_k(self) -> int:
         """Tiles along K that a tile of the result takes."""
         raise NotImplementedError
@@ -165,7 +175,7 @@ class Tiles(Problem):
 
     def scratch(self) -> dict[str, Any]:
         """The ring of x, and what sums leave through; a kernel adds its own."""
-        c, tile, step = self.config, hopper.tiled, LINE // self.dtype.itemsize
+        c, tile, step = self.config, hopper.tiled, self.step
         empty = functools.partial(plgpu.Barrier, num_arrivals=WORKERS, num_barriers=c.stages)
         if c.cluster > 1:
             empty = functools.partial(

@@ -1,9 +1,11 @@
-"""Matmul of 8-bit weights with activations that are rounded to 8 bits on the way, a scale for each token.
+"""Matmul of weights in 8 or 4 bits with activations that are rounded to 8 bits on the way, a scale for each token.
 
 The weight has a scale for each row and no zero point, so both scales come on the finished sum: int8 x int8 adds up
-in int32 without an error, E4M3 x E4M3 in float32. It is what weights of ``int8-a8`` and ``fp8_e4m3-a8`` run: on a
-Hopper GPU a kernel of its own for many tokens, and the weight-only one, which x in 8 bits also fits, for few; elsewhere
-`lax.dot_general`, which XLA maps to the 8-bit units of a TPU and fuses with the rounding and the scales.
+in int32 without an error, E4M3 x E4M3 in float32. Weights of 4 bits become int8 on the way: ``int4-sym`` as they are,
+``qoq4`` times the integers of its groups. It is what weights of ``int8-a8``, ``fp8_e4m3-a8``, ``int4-sym-a8`` and
+``qoq4`` run: on a Hopper GPU kernels of their own for many tokens, and the weight-only one, which x in 8 bits also
+fits, for few; elsewhere `lax.dot_general`, which XLA maps to the 8-bit units of a TPU and fuses with the rounding and
+the scales.
 
 Weight-only kernels keep `x` as it is and save bytes; this one also multiplies at the 8-bit rate, which pays where
 the matmul is bound by arithmetic (prefill, large batches), at the price of the rounding of `x`.
@@ -22,9 +24,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import hopper
-from ..codecs import Fp8, Int, Packed
+from ..codecs import Fp8, GroupCodec, Int, Packed, Qoq4, unpack_bits
 from ..op import Op, one_by_one
-from . import mosaic_gpu, tuned, w8a8_mosaic_gpu, xla
+from . import mosaic_gpu, tuned, w4a8_mosaic_gpu, w8a8_mosaic_gpu, xla
 from .layout import is_stored_as_shown
 from .tokens import quantize_tokens
 
@@ -36,7 +38,7 @@ def matmul(x: jax.Array, w: Packed, *, preferred_element_type: Any = None) -> ja
 
     Args:
       x: float; rounded to the weight's 8-bit type as `rounded` says.
-      w: stored as ``int8`` or ``fp8_e4m3``, a scale for each channel, encoded along K.
+      w: stored as ``int8``, ``int4-sym`` or ``fp8_e4m3``, a scale for each channel, or as ``qoq4``; encoded along K.
       preferred_element_type: of the result; by default what `x` and `w` promote to.
 
     Returns:
@@ -64,11 +66,15 @@ def _product(x: jax.Array, w: Packed, preferred_element_type: Any) -> jax.Array:
 
 def _by_xla(operands: Any, *, out_dtype: Any) -> jax.Array:
     codes, scale, w = operands
+    sums = _sums(codes, w) if bits_of(w) == 8 else xla.tiled(_sums, None, codes, w)
+    rows = jnp.swapaxes(_scale_of_rows(w).astype(jnp.float32), -1, -2)
+    return (sums.astype(jnp.float32) * scale * rows).astype(out_dtype)
+
+
+def _sums(codes: jax.Array, w: Packed) -> jax.Array:
     batch, last = tuple(range(w.ndim - 2)), ((w.ndim - 1,), (w.ndim - 1,))
     total = jnp.int32 if codes.dtype == jnp.int8 else jnp.float32
-    sums = lax.dot_general(codes, _levels(w), (last, (batch, batch)), preferred_element_type=total)
-    rows = jnp.swapaxes(w.parts["scale"].astype(jnp.float32), -1, -2)
-    return (sums.astype(jnp.float32) * scale * rows).astype(out_dtype)
+    return lax.dot_general(codes, _levels(w), (last, (batch, batch)), preferred_element_type=total)
 
 
 def _on_cuda(operands: Any, *, out_dtype: Any) -> jax.Array:
@@ -81,22 +87,36 @@ def _on_cuda(operands: Any, *, out_dtype: Any) -> jax.Array:
     lead, (m, k), n = w.shape[:-2], codes.shape[-2:], w.shape[-2]
     one, batch = w.folded(range(len(lead))), math.prod(lead)
     codes, scale = codes.reshape(batch, m, k), scale.reshape(batch, m, 1)
-    if path == "many rows":
-        config = tuned.rounded(batch, m, n, k)
-        out = w8a8_mosaic_gpu.matmul(codes, scale, one, config, out_dtype=out_dtype)
+    if path == "8-bit units":
+        config = tuned.rounded(bits_of(w), batch, m, n, k)
+        out = _kernel(w).matmul(codes, scale, one, config, out_dtype=out_dtype)
     else:  # bfloat16 holds every code
-        config, x = tuned.config(hopper.plan_of(w.codec), m, n, k), codes.astype(jnp.bfloat16)
+        one, x = _weight_only(one), codes.astype(jnp.bfloat16)
+        config = tuned.config(hopper.plan_of(one.codec), m, n, k)
         out = mosaic_gpu.matmul(x, one, config, out_dtype=jnp.float32)
         out = (out * scale).astype(out_dtype)
     return out.reshape(*lead, m, n)
 
 
 def kernel_of(x: Any, w: Packed) -> str:
-    """What a Hopper GPU runs for `x`, or its codes: "many rows", "few rows", or "" where no kernel can."""
-    if tuned.takes_rounded(x.shape[-2]) and not w8a8_mosaic_gpu.refusal(w):
-        return "many rows"
+    """What a Hopper GPU runs for `x`, or its codes: "8-bit units", "weight-only", or "" where no kernel can."""
+    if tuned.takes_rounded(bits_of(w), x.shape[-2]) and not _kernel(w).refusal(w):
+        return "8-bit units"
     like: Any = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
-    return "" if mosaic_gpu.refusal(like, w) else "few rows"
+    refused = mosaic_gpu.refusal(like, jax.eval_shape(_weight_only, w))
+    return "" if refused else "weight-only"
+
+
+def _kernel(w: Packed) -> Any:
+    return w8a8_mosaic_gpu if bits_of(w) == 8 else w4a8_mosaic_gpu
+
+
+def _weight_only(w: Packed) -> Packed:
+    """What the weight-only kernel takes of `w`."""
+    if not isinstance(w.codec, Qoq4):
+        return w
+    scale = w.parts["scale"].astype(jnp.float32) * w.parts["channel_scale"].astype(jnp.float32)
+    return w4a8_mosaic_gpu.over_channels(w, scale)
 
 
 def _batched(call: Any, size: int, operands: Any, is_batched: Any) -> jax.Array:
@@ -127,14 +147,16 @@ _product.defvjp(_forward, _backward)
 def refusal(x: jax.Array, w: Packed) -> str:
     """Why `x` and `w` cannot be multiplied in 8 bits; empty if they can."""
     codec, view = w.codec, w.view
-    is_int8 = isinstance(codec, Int) and codec.bits == 8 and bool(codec.symmetric)
-    if not is_int8 and not (isinstance(codec, Fp8) and codec.element == "e4m3"):
-        return f"the codec {codec.name} is neither int8 without a zero point nor fp8_e4m3"
-    if codec.group_size(view.length) < view.length:  # pyright: ignore[reportAttributeAccessIssue]
+    is_int = isinstance(codec, Int) and codec.bits in (4, 8) and bool(codec.symmetric)
+    is_float = isinstance(codec, Fp8) and codec.element == "e4m3"
+    is_grouped = isinstance(codec, Qoq4)
+    if not (is_int or is_float or is_grouped):
+        return f"the codec {codec.name} is neither int8 or int4 without a zero point nor fp8_e4m3 or qoq4"
+    if not is_grouped and codec.group_size(view.length) < view.length:  # pyright: ignore[reportAttributeAccessIssue]
         return f"the codec {codec.name} has a scale for each group, not one for each channel"
     if not is_stored_as_shown(w):
         return "its axes are not stored in the order [*B, N, K]"
-    if is_int8 and view.length > INT8_LENGTH:
+    if not is_float and view.length > INT8_LENGTH:
         return f"K = {view.length} products of int8 can leave int32; at most {INT8_LENGTH}"
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return f"`x` is {x.dtype.name}, not a float"
@@ -147,13 +169,28 @@ def rounded(x: jax.Array, w: Packed) -> jax.Array:
     return codes.astype(jnp.float32) * scale
 
 
+def bits_of(w: Packed) -> int:
+    """Bits of a code of a weight that is multiplied in 8 bits."""
+    assert isinstance(w.codec, GroupCodec)
+    return w.codec.bits
+
+
 def _element(w: Packed) -> Any:
-    return jnp.int8 if isinstance(w.codec, Int) else jnp.float8_e4m3fn
+    return jnp.float8_e4m3fn if isinstance(w.codec, Fp8) else jnp.int8
+
+
+def _scale_of_rows(w: Packed) -> jax.Array:
+    return w.parts["channel_scale" if isinstance(w.codec, Qoq4) else "scale"]
 
 
 def _levels(w: Packed) -> jax.Array:
-    """The stored bytes as ``[*B, N, K]`` of the 8-bit type; code 128 is the integer 0."""
-    codes = w.parts["codes"]
-    if isinstance(w.codec, Int):
-        codes = codes ^ 0x80
+    """``[*B, N, K]`` of the 8-bit type: what both scales make of it is `w`."""
+    codes, codec = w.parts["codes"], w.codec
+    if isinstance(codec, Qoq4):
+        levels = codec.split(unpack_bits(codes, 4, w.shape[-1]).astype(jnp.int8) - 8)
+        return codec.join(levels * w.parts["scale"][..., None], w.shape[-1])
+    if isinstance(codec, Int) and codec.bits == 4:
+        return unpack_bits(codes, 4, w.shape[-1]).astype(jnp.int8) - 8
+    if isinstance(codec, Int):
+        codes = codes ^ 0x80  # code 128 is the integer 0
     return lax.bitcast_convert_type(codes, _element(w))

@@ -52,8 +52,7 @@ def matmul(
     """
     problem = _Problem.of(codes, w, config, out_dtype, interpret)
     own, (rows,) = problem.operands(w)
-    pad = -problem.m % (config.block_m if interpret else 8)
-    columns = jnp.pad(scale[..., 0], ((0, 0), (0, pad))).reshape(-1)
+    columns = scales_of_tokens(problem, scale)
     if interpret:  # which reads nothing outside of an array; bulk copies give zeros there
         across = -problem.k % (STEPS * LINE)
         own, codes = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, across)]) for x in (own, codes))
@@ -104,7 +103,7 @@ class _Block(tiles.Block):
         def step(t: Any, state: Any) -> Any:
             item = self.item(t)
             total, state = self.product(item, t + 1 == self.mine, state)
-            self.write(item, self.scaled(item, total))
+            self.write(item, total)
             return state
 
         zero = jnp.int32(0)
@@ -143,12 +142,23 @@ class _Block(tiles.Block):
             self.release(self.before(slot))
             return total, (slot, weights)
 
-        kind = jnp.int32 if p.dtype == jnp.int8 else jnp.float32
-        return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, c.block_m), kind))
+        return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, c.block_m), p.sums))
 
-    def scaled(self, item: Item, total: jax.Array) -> jax.Array:
-        p, (rows, columns) = self.problem, self.tables
-        row = item.entry * p.n + item.column + self.wg * ROWS
-        own = hopper.load_table(rows, 1, row, jnp.int32(0), p.k, True, p.interpret)
-        first = item.entry * self.out_m + item.row
-        return hopper.scale_sums(total, own, columns, first, p.batch * self.out_m, p.interpret)
+    def write(self, item: Item, total: jax.Array) -> None:
+        super().write(item, scaled(self, item, total))
+
+
+def scaled(block: tiles.Block, item: Item, total: jax.Array, unit: float = 1.0) -> jax.Array:
+    """The sums of an item times `unit` and the scales of rows and of tokens, the last two tables of a block."""
+    p, (*_, rows, columns) = block.problem, block.tables
+    row = item.entry * p.n + item.column + block.wg * ROWS
+    own = hopper.load_table(rows, 1, row, jnp.int32(0), p.k, True, p.interpret)
+    own = own.astype(jnp.float32) * unit if unit != 1 else own
+    first = item.entry * block.out_m + item.row
+    return hopper.scale_sums(total, own, columns, first, p.batch * block.out_m, p.interpret)
+
+
+def scales_of_tokens(problem: tiles.Tiles, scale: jax.Array) -> jax.Array:
+    """``[B, M, 1]`` as `scaled` reads them."""
+    pad = -problem.m % (problem.config.block_m if problem.interpret else 8)
+    return jnp.pad(scale[..., 0], ((0, 0), (0, pad))).reshape(-1)

@@ -42,13 +42,14 @@ def matmul(
     dot = functools.partial(
         _dot, precision=precision, preferred_element_type=preferred_element_type
     )
-    return jax.checkpoint(functools.partial(_tiled, dot, tile_bytes))(x, w)
+    return jax.checkpoint(functools.partial(tiled, dot, tile_bytes))(x, w)
 
 
-def _tiled(dot: Any, tile_bytes: int | None, x: jax.Array, w: Packed) -> jax.Array:
+def tiled(dot: Any, tile_bytes: int | None, x: jax.Array, w: Packed) -> jax.Array:
+    """``dot(x, w)`` a tile of rows of `w` after another; `tile_bytes` as in `matmul`."""
     if x.ndim > 2 and x.shape[0] == 1:  # a batch axis of 1 would cost a copy of the codes
         entry = jax.tree.map(lambda part: part[0], w.unstack(0)[0])
-        return _tiled(dot, tile_bytes, x[0], entry)[None]
+        return tiled(dot, tile_bytes, x[0], entry)[None]
     tiles = tile_count(w, tile_bytes)
     if tiles == 1:
         return dot(x, w)

@@ -22,7 +22,7 @@ from stowax.pallas_kernels.codecs.table import CODECS
 NAMES = codecs.names()
 FAMILIES = (
     *("int1", "int3-g64", "int4-g64", "int5-g32-sym", "int8", "int4-tensor", "nf4-g64"),
-    *("fp8_e4m3-g128", "fp8_e5m2", "mxfp4", "mxfp8_e4m3", "nvfp4", "bf16"),
+    *("fp8_e4m3-g128", "fp8_e5m2", "mxfp4", "mxfp8_e4m3", "nvfp4", "qoq4-g32", "bf16"),
 )
 GGUF = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")
 ROUNDED = {"f16": 2.0**-11, "bf16": 2.0**-8, "f32": 2.0**-23}  # of a scale, relative
@@ -84,6 +84,9 @@ def bound(codec, x: np.ndarray, parts) -> np.ndarray:
     elif isinstance(codec, codecs.Nvfp4):
         tensor = np.asarray(params["tensor_scale"])
         error = scale * tensor * (1 + 6 / 16) + 6 * tensor * 2.0**-10
+    elif isinstance(codec, codecs.Qoq4):
+        step = scale * np.asarray(params["channel_scale"])
+        error = np.maximum(step / 2, np.abs(groups) - 7 * step) + 1e-5 * step
     elif isinstance(codec, Mx) and codec.element == "e2m1":
         error = 2 * scale  # what lies between 6 and 8 saturates
     else:
@@ -272,6 +275,7 @@ def test_errors_are_ordered():
     assert error("int4-g128", skewed) < 0.8 * error("int4-g128-sym", skewed)
     assert error("nf4", gauss) < error("int4-g128-sym", gauss)
     assert error("nvfp4", gauss) < error("mxfp4", gauss)
+    assert error("qoq4-g32", gauss) < error("int4-g32-sym", gauss) < error("int4-sym", gauss)
     assert error("int4-g32", gauss) < error("int4-g64", gauss) < error("int4-tensor", gauss)
     errors = [error(f"int{bits}-g64", gauss) for bits in range(2, 9)]
     assert errors == sorted(errors, reverse=True)
@@ -364,7 +368,16 @@ def test_unknown_names_get_a_hint(spec, hint):
 
 @pytest.mark.parametrize(
     "spec",
-    ["int4-g0", "int4-g", "int4-sym-sym", "int4-sym-asym", "nf4-sym", "mxfp4-g16", "q4_0-f32"],
+    [
+        "int4-g0",
+        "int4-g",
+        "int4-sym-sym",
+        "int4-sym-asym",
+        "nf4-sym",
+        "mxfp4-g16",
+        "q4_0-f32",
+        "qoq4-a8",
+    ],
 )
 def test_wrong_options_are_named(spec):
     with pytest.raises(ValueError, match="is not an option"):
@@ -387,6 +400,7 @@ def test_what_is_not_a_spec(spec):
         ("int4-asym-g64", "int4-g64"),
         ("int8-sym", "int8"),
         ("bfloat16", "bf16"),
+        ("w4a8", "qoq4-g128"),
     ],
 )
 def test_aliases(alias, name):

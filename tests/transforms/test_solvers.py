@@ -31,6 +31,7 @@ LOW_BITS = [
     "nf4-g36",
     "mxfp4",
     "nvfp4",
+    "qoq4-g32",
 ]
 WIDE = ["int8", "fp8_e5m2-tensor"]
 SHIFTED = ["int4-g32", "int3-g64", "int4", "int4-tensor"]
@@ -193,7 +194,9 @@ def test_small_shapes(solver, codec, shape):
     assert jax.tree.map(jnp.shape, found.parts) == jax.tree.map(jnp.shape, codec.encode(w))
 
 
-@pytest.mark.parametrize("codec", ["int4-g32", "int4", "int4-tensor", "nf4-g36", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize(
+    "codec", ["int4-g32", "int4", "int4-tensor", "nf4-g36", "mxfp4", "nvfp4", "qoq4-g32"]
+)
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_clip_is_never_worse_than_rounding_by_its_own_measure(codec, scale):
     codec, w, search = codecs.get(codec), scale * heavy_tailed(), solvers.clip_search()

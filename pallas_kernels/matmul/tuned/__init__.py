@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 from ...hopper import ROWS, Plan
-from .. import many_rows, tiles, w8a8_mosaic_gpu
+from .. import many_rows, tiles, w4a8_mosaic_gpu, w8a8_mosaic_gpu
 from ..mosaic_gpu import Config, shared_bytes
 
 SHARED_BYTES = 227 * 1024  # a block of a Hopper GPU has
@@ -71,16 +71,19 @@ def many(
     return _fastest(make, fits, (batch, m, n, k // many_rows.STEP), steps, step)
 
 
-def rounded(batch: int, m: int, n: int, k: int, device: str = "hopper") -> tiles.Config:
-    """The same where both operands are of 8 bits."""
-    step = table(device)["rounded"]["step_us"]
+def rounded(bits: int, batch: int, m: int, n: int, k: int, device: str = "hopper") -> tiles.Config:
+    """The same where x is of 8 bits, and the weight of 8 or 4."""
+    rule, sizes = table(device)["rounded"][str(bits)], (batch, m, n, k // tiles.LINE)
     make, fits = functools.partial(tiles.Config, stages=12), w8a8_mosaic_gpu.shared_bytes
-    return _fastest(make, fits, (batch, m, n, k // tiles.LINE), -(-k // 256), step)
+    if bits == 4:
+        make = functools.partial(many_rows.Config, stages=12, code_stages=4)
+        fits = w4a8_mosaic_gpu.shared_bytes
+    return _fastest(make, fits, sizes, -(-k // 256), rule["step_us"], rule.get("alone_to_m", 0))
 
 
-def takes_rounded(m: int, device: str = "hopper") -> bool:
-    """Whether two operands of 8 bits are faster than the weight-only kernel for M rows."""
-    return m >= table(device)["rounded"]["from_m"]
+def takes_rounded(bits: int, m: int, device: str = "hopper") -> bool:
+    """Whether multiplying in 8 bits is faster than the weight-only kernel for M rows."""
+    return m >= table(device)["rounded"][str(bits)]["from_m"]
 
 
 def _rule(plan: Plan, device: str) -> dict[str, Any] | None:
@@ -94,8 +97,9 @@ def _is_for(rule: dict[str, Any], plan: Plan) -> bool:
 
 
 def _fastest(
-    make: Any, shared_bytes: Any, sizes: tuple[int, int, int, int], tiles_k: int, step_us: Any
-) -> Any:
+    make: Any, shared_bytes: Any, sizes: tuple[int, int, int, int], tiles_k: int, step_us: Any,
+    alone_to_m: int = 0,
+) -> Any:  # fmt: skip
     """The fastest of all cuts.
 
     Args:
@@ -104,10 +108,11 @@ def _fastest(
       sizes: batch, M, N, steps along K.
       tiles_k: parts at most.
       step_us: microseconds of a step: of all, and for each row of x.
+      alone_to_m: rows of x so few that every block fetches its own.
     """
     _, m, n, _ = sizes
     fewest = -(-m // 256)
-    cluster = 2 if n > tiles.TALL else 1
+    cluster = 2 if n > tiles.TALL and m > alone_to_m else 1
     choices = []
     for count in range(fewest, 2 * fewest + 1):
         for parts in (1, 2, 3, 4, 6, 8):
@@ -120,7 +125,10 @@ def _fastest(
 
 def _fitting_stages(config: Any, shared_bytes: Any) -> Any:
     while shared_bytes(config) > SHARED_BYTES - 1024:  # barriers take some
-        config = dataclasses.replace(config, stages=config.stages - 1)
+        ring = "stages"
+        if config.stages <= 4 and getattr(config, "code_stages", 2) > 2:
+            ring = "code_stages"
+        config = dataclasses.replace(config, **{ring: getattr(config, ring) - 1})
     return config
 
 
