@@ -2,8 +2,8 @@
 
 ``x' = channel_scale * (scale * (code - 8))`` with an integer ``scale`` from -15 to 16, so that the inner product fits
 int8: a matmul with activations in 8 bits multiplies it as it is, and the float scale comes on the finished sum. The
-group with the widest range of its channel has 16 for that range; each group then takes the integer of least squared
-error, whose sign maps its value of largest magnitude to the code 0.
+group with the widest range of its channel has 16 for that range, the others the integer nearest to theirs, whose sign
+maps their value of largest magnitude to the code 0. (The solver "clip" searches for the integer of the least error.)
 
 Source: the progressive group quantization of QServe (Lin et al., 2024, arXiv:2405.04532). It differs: no zero point but
 scales of either sign, and groups that are fitted to the weights, not to their 8-bit form.
@@ -15,7 +15,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from .base import Parts
 from .grouped import (
@@ -71,10 +70,7 @@ class Qoq4(GroupCodec):
         ideal = jnp.where(high > -low, high, low) / -8
         widest = jnp.max(jnp.abs(ideal), axis=-2, keepdims=True)
         channel = round_scale(widest / MOST, self.scale_dtype)
-        if isinstance(shrink, float):
-            scale = self._least_squares(groups, ideal, channel)
-        else:
-            scale = _integer(ideal * shrink / nonzero(channel))
+        scale = _integer(ideal * shrink / nonzero(channel))
         return {"scale": jnp.where(channel == 0, 0.0, scale), "channel_scale": channel}
 
     def codes(self, x: jax.Array, params: Params) -> jax.Array:
@@ -91,20 +87,6 @@ class Qoq4(GroupCodec):
 
     def load(self, parts: Parts) -> Params:
         return {k: v.astype(jnp.float32)[..., None] for k, v in parts.items()}
-
-    def _least_squares(self, groups: jax.Array, ideal: jax.Array, channel: jax.Array) -> jax.Array:
-        """The integers of the signs of `ideal` with the least squared errors."""
-
-        def best(state: tuple[jax.Array, jax.Array], size: jax.Array):
-            scale, least = state
-            own = _integer(jnp.copysign(size, ideal))
-            params = {"scale": own, "channel_scale": channel}
-            miss = groups - self.values(self.codes(groups, params), params)
-            error = jnp.sum(jnp.square(miss), axis=-1, keepdims=True)
-            return (jnp.where(error < least, own, scale), jnp.minimum(error, least)), None
-
-        start = jnp.ones_like(ideal), jnp.full_like(ideal, jnp.inf)
-        return lax.scan(best, start, jnp.arange(1, MOST + 1))[0][0]
 
 
 def _integer(scale: jax.Array) -> jax.Array:

