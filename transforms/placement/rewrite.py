@@ -225,7 +225,7 @@ class _Run:
             args = [*args[:start], *(operands[k] for k in range(len(scanned)))]
             return evaluate(body, consts, args)
 
-        return scan(eqn, [*fixed, *flat], run)
+        return scan(eqn, [*fixed, *flat], run, late=True)
 
     def layer(
         self, d: Decisions, held: Any, xs: Any, arrays: Any, stack: dict[Any, Stored]
