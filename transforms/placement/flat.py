@@ -7,6 +7,7 @@ recomputes stay single equations.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -60,9 +61,8 @@ def flatten(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     whole, out = jax.make_jaxpr(flat, return_shape=True)(*shapes)
     body, consts = compat.open_jaxpr(whole)
     for run in (evaluate, _sunk):
-        body, consts = compat.open_jaxpr(
-            jax.make_jaxpr(lambda *x, run=run: run(body, consts, x))(*shapes)
-        )
+        traced = jax.make_jaxpr(functools.partial(run, body, consts))
+        body, consts = compat.open_jaxpr(traced(*shapes))
     paths = [p for p, _ in jax.tree_util.tree_leaves_with_path((args, kwargs))]
     paths = [paths[i] for i in leaves]
     replaced = _replaced(list(zip(paths, shapes)), jax.tree_util.tree_leaves_with_path(out))
@@ -97,7 +97,7 @@ def on_device(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def evaluate(jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def evaluate(jaxpr: compat.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
     """Runs a jaxpr with its calls inlined."""
     return compat.read(environment(jaxpr, consts, args), jaxpr.outvars)
 
@@ -110,7 +110,7 @@ def environment(jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any])
     return env
 
 
-def _sunk(jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def _sunk(jaxpr: compat.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
     """Runs a jaxpr whose scans make the broadcasts that they read (masks) themselves, where they are fused.
 
     Differentiation takes them out of the body, and they would be there, written, until the last scan is done.
@@ -125,7 +125,7 @@ def _sunk(jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> li
 
         def body(values: list[Any], eqn: compat.Eqn = eqn, own: Any = own) -> list[Any]:
             made = {i: compat.bind(e, compat.read(env, e.invars))[0] for i, e in own.items()}
-            return evaluate(*body_of(eqn), [made.get(i, x) for i, x in enumerate(values)])
+            return evaluate(*body_of(eqn), *(made.get(i, x) for i, x in enumerate(values)))
 
         values = compat.read(env, eqn.invars)
         with compat.scope(eqn):
@@ -140,10 +140,10 @@ def step(eqn: compat.Eqn, values: Sequence[Any]) -> list[Any]:
     if name in _INLINED:
         inner, consts = compat.open_jaxpr(eqn.params[_INLINED[name]])
         with compat.scope(eqn):
-            return evaluate(inner, consts, values)
+            return evaluate(inner, consts, *values)
     if name == "scan" and (any(map(on_host, values)) or _has_calls(eqn)):
         with compat.scope(eqn):
-            return scan(eqn, values, lambda values: evaluate(*body_of(eqn), values))
+            return scan(eqn, values, lambda values: evaluate(*body_of(eqn), *values))
     return compat.bind(eqn, list(map(fetched, values, eqn.invars)))
 
 
