@@ -81,7 +81,7 @@ def by_shares[T](
             low, low_peak = share, peak
         else:
             high, high_peak = min(share, taken), peak
-        if high - low <= 0.02 * total or 0.97 * budget <= peak <= budget:
+        if high - low <= 0.02 * min(budget, total) or 0.97 * budget <= peak <= budget:
             break
     return tried
 
