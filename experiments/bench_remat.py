@@ -60,6 +60,7 @@ def problem() -> tuple[Any, Any, Any]:
 
 
 def measure(name: str, plan: sx.Plan, fn: Any, args: Any) -> dict[str, Any]:
+    args = plan.place(*args)
     compiled = jax.jit(plan.apply(fn)).lower(*args).compile()
     report = memory_planner.memory_report(compiled)
     seconds = median_seconds(lambda: compiled(*args), STEPS.value)

@@ -159,11 +159,13 @@ def front(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     ours = sorted((r["xla"] / 2**30, r["ms"]) for r in rows if r["name"].startswith("ours"))
     if ours:
         axes.plot(*zip(*ours), marker="o", color="#1f6feb", label="ours, by budget")
-    for row in rows:
-        if not row["name"].startswith("ours"):
-            at = row["xla"] / 2**30, row["ms"]
-            axes.plot(*at, "s", color="#888")
-            axes.annotate(row["name"], at, textcoords="offset points", xytext=(6, 4), fontsize=8)
+    named: dict[tuple[float, int], list[Mapping[str, Any]]] = {}
+    for row in (r for r in rows if not r["name"].startswith("ours")):
+        named.setdefault((round(row["xla"] / 2**30, 1), round(row["ms"])), []).append(row)
+    for same in named.values():  # one label where points lie on each other
+        at, names = (same[0]["xla"] / 2**30, same[0]["ms"]), ", ".join(r["name"] for r in same)
+        axes.plot(*at, "s", color="#888")
+        axes.annotate(names, at, textcoords="offset points", xytext=(6, 4), fontsize=8)
     axes.set(xlabel="peak, GiB (XLA)", ylabel="ms a step", title=title)
     axes.set_ylim(0, None)
     axes.grid(alpha=0.3)

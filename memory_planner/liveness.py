@@ -170,8 +170,10 @@ class _Lives:
 
     def results(self, steps: Sequence[Step], begins: Sequence[int]) -> Iterator[tuple[Span, ...]]:
         last = {v: i for i, s in enumerate(steps) for v in s.reads}
+        begun = self.begun(steps)
+        later = set(begun.values())
         for i, step in enumerate(steps):
-            for v in step.writes:
+            for v in (begun.get(v, v) for v in step.writes if v not in later):
                 if v not in self.kept or v.space == HOST:
                     continue
                 own = Span(v.name, v.nbytes, begins[i], begins[-1], v)
@@ -179,8 +181,20 @@ class _Lives:
                 ends = [begins[last.get(old, -1) + 1] for old in replaced]
                 yield (*(Span(o.name, o.nbytes, 0, end, o) for o, end in zip(replaced, ends)), own)
 
+    def begun(self, steps: Sequence[Step]) -> dict[Value, Value]:
+        """What loops start from that lies where a result will be, which they carry: for each that result."""
+        last, found = self.last_reads(steps), dict[Value, Value]()
+        for i, step in enumerate(steps):
+            for v in step.writes:
+                carry = _carry(step.op, v) if v in self.kept and v not in self.targets else None
+                start = self.memory.home.get(carry) if carry is not None else None
+                if start is not None and start not in self.given and last[start] == i:
+                    found[start] = v
+        return found
+
     def spans(self, steps: Sequence[Step]) -> list[Span]:
         last = self.last_reads(steps)
+        begun = self.begun(steps)
         reduces = [s for s in steps if s.op.name in REDUCTIONS]
         self.reduced = {v: s.reads for s in reduces for v in s.writes}
         start: dict[Value, int] = {}
@@ -188,7 +202,7 @@ class _Lives:
         owner: dict[Value, Value] = {}  # in whose buffer a value lies
         for i, step in enumerate(steps):
             for number, value in enumerate(step.writes):
-                if value.space == HOST:
+                if value.space == HOST or value in begun:
                     continue
                 stop = last.get(value, i) + 1
                 if value in self.kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 import stowax as sx
 from stowax import memory_planner, models
+from stowax.transforms.core import compat
 from stowax.transforms.placement import BASELINES, Plan, updates
 from stowax.transforms.placement.memory import host_type
 
@@ -110,15 +112,30 @@ def test_less_is_kept_in_the_compiled_program():
     assert peak(found.apply(fn)) < 0.7 * peak(fn)
 
 
+def test_gradients_of_layers_take_memory_when_their_loop_starts():
+    """They are carried, from zeros that wait; masks are made in the loops; neither is counted twice."""
+    _, fn, args = llama()
+    found = plan(fn, *args, strategy="keep-all", device="h100")
+    scans = [e for e in jax.make_jaxpr(found.apply(fn))(*args).eqns if e.primitive.name == "scan"]
+    stacks = lambda e: [v for v in e.outvars[compat.scan_split(e)[1] :] if v.aval.ndim > 1]
+    assert stacks(scans[0])
+    assert not stacks(scans[-1])
+    held = [v.aval for e in scans for v in e.invars[: compat.scan_split(e)[0]]]
+    assert all(a.size <= 64 * 64 for a in held if a.dtype == bool)
+    assert found.after <= memory_planner.predict(fn, *args, device="h100").peak
+
+
 def test_a_measured_plan_keeps_to_its_budget_as_compiled():
     _, fn, args = mlp()
     compiled = lambda f: memory_planner.memory_report(jax.jit(f).lower(*args).compile()).peak
     found = sx.plan(fn, *args, hbm=compiled(fn), device="cpu", measure=True)
     assert found.measured == compiled(found.apply(fn)) <= found.budget
-    with pytest.raises(
-        ValueError, match=r"the least that was reached is|compilations the peak is still"
-    ):
-        sx.plan(fn, *args, hbm=compiled(fn) // 2, device="cpu", measure=True)
+    pins = r"least peak of \d compiled plans is .* there are tanh float32\[512,32\].* less, allow `encode`"
+    with pytest.raises(ValueError, match=pins) as refused:
+        sx.plan(fn, *args, hbm=compiled(fn) // 2, host="1GiB", device="cpu", measure=True)
+    enough: Any = refused.value
+    found = sx.plan(fn, *args, hbm=enough.least, host="1GiB", device="cpu", measure=True)
+    assert found.peak <= enough.least
 
 
 def test_encoded_values_are_near():

@@ -7,11 +7,13 @@ recomputes stay single equations.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from ..core import compat
@@ -58,8 +60,9 @@ def flatten(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     shapes = [on_device(v) for v in leaves.values()]
     whole, out = jax.make_jaxpr(flat, return_shape=True)(*shapes)
     body, consts = compat.open_jaxpr(whole)
-    inlined = jax.make_jaxpr(lambda *x: evaluate(body, consts, x))(*shapes)
-    body, consts = compat.open_jaxpr(inlined)
+    for run in (evaluate, _sunk):
+        traced = jax.make_jaxpr(functools.partial(run, body, consts))
+        body, consts = compat.open_jaxpr(traced(*shapes))
     paths = [p for p, _ in jax.tree_util.tree_leaves_with_path((args, kwargs))]
     paths = [paths[i] for i in leaves]
     replaced = _replaced(list(zip(paths, shapes)), jax.tree_util.tree_leaves_with_path(out))
@@ -94,7 +97,7 @@ def on_device(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
-def evaluate(jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def evaluate(jaxpr: compat.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
     """Runs a jaxpr with its calls inlined."""
     return compat.read(environment(jaxpr, consts, args), jaxpr.outvars)
 
@@ -107,16 +110,40 @@ def environment(jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any])
     return env
 
 
+def _sunk(jaxpr: compat.Jaxpr, consts: Sequence[Any], *args: Any) -> list[Any]:
+    """Runs a jaxpr whose scans make the broadcasts that they read (masks) themselves, where they are fused.
+
+    Differentiation takes them out of the body, and they would be there, written, until the last scan is done.
+    """
+    env = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
+    makers: dict[Any, compat.Eqn] = {}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "broadcast_in_dim" and len(compat.variables(eqn)) == 1:
+            makers[eqn.outvars[0]] = eqn
+        held = eqn.invars[: compat.scan_split(eqn)[0]] if eqn.primitive.name == "scan" else ()
+        own = {i: makers[v] for i, v in enumerate(held) if not compat.is_literal(v) and v in makers}
+
+        def body(values: list[Any], eqn: compat.Eqn = eqn, own: Any = own) -> list[Any]:
+            made = {i: compat.bind(e, compat.read(env, e.invars))[0] for i, e in own.items()}
+            return evaluate(*body_of(eqn), *(made.get(i, x) for i, x in enumerate(values)))
+
+        values = compat.read(env, eqn.invars)
+        with compat.scope(eqn):
+            out = scan(eqn, values, body) if own else compat.bind(eqn, values)
+        env.update(zip(eqn.outvars, out))
+    return compat.read(env, jaxpr.outvars)
+
+
 def step(eqn: compat.Eqn, values: Sequence[Any]) -> list[Any]:
     """One equation; operands that are in host memory only by placement are fetched, a scan's stacks slice by slice."""
     name = eqn.primitive.name
     if name in _INLINED:
         inner, consts = compat.open_jaxpr(eqn.params[_INLINED[name]])
         with compat.scope(eqn):
-            return evaluate(inner, consts, values)
+            return evaluate(inner, consts, *values)
     if name == "scan" and (any(map(on_host, values)) or _has_calls(eqn)):
         with compat.scope(eqn):
-            return scan(eqn, values, lambda values: evaluate(*body_of(eqn), values))
+            return scan(eqn, values, lambda values: evaluate(*body_of(eqn), *values))
     return compat.bind(eqn, list(map(fetched, values, eqn.invars)))
 
 
@@ -129,25 +156,56 @@ def body_of(eqn: compat.Eqn) -> tuple[compat.Jaxpr, Sequence[Any]]:
 
 
 def scan(
-    eqn: compat.Eqn, values: Sequence[Any], body: Callable[[list[Any]], list[Any]]
+    eqn: compat.Eqn,
+    values: Sequence[Any],
+    body: Callable[[list[Any]], list[Any]],
+    *,
+    late: bool = False,
 ) -> list[Any]:
     """`eqn`, a scan, with another body, which may have more scanned operands and more results.
 
     Of operands in host memory each run fetches its own slice.
+
+    Args:
+      late: the memory of stacked floats (gradients of layers) is taken when the first carry is there. XLA for GPUs
+        fills stacks with zeros, before the scan, and before all else that takes more memory.
     """
     consts, carries = compat.scan_split(eqn)
     start = list(map(fetched, values[: consts + carries], eqn.invars))
     fixed, init, xs = start[:consts], start[consts:], values[consts + carries :]
-
-    def run(carry: Any, x: Any) -> Any:
-        out = body([*fixed, *carry, *map(fetched, x)])
-        return out[:carries], out[carries:]
-
     p = eqn.params
-    carry, ys = lax.scan(
-        run, init, list(xs), length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+    empty = _late_stacks(eqn.outvars[carries:], init) if late and init else {}
+
+    def run(state: Any, x: Any) -> Any:
+        carry, filled, i = state
+        out = body([*fixed, *carry, *map(fetched, x)])
+        made = dict(enumerate(out[carries:]))
+        if not filled:
+            return (out[:carries], {}, i), made
+        at = p["length"] - 1 - i if p["reverse"] else i
+        filled = {
+            k: lax.dynamic_update_slice_in_dim(stack, made.pop(k)[None], at, 0)
+            for k, stack in filled.items()
+        }
+        return (out[:carries], filled, i + 1), made
+
+    state = init, empty, jnp.int32(0) if empty else None
+    (carry, filled, _), stacks = lax.scan(
+        run, state, list(xs), length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
-    return [*carry, *ys]
+    found = {**stacks, **filled}
+    return [*carry, *(found[k] for k in sorted(found))]
+
+
+def _late_stacks(stacks: Sequence[Any], init: Sequence[Any]) -> dict[int, Any]:
+    """Zeros for stacked floats on the device, by number, that can't be made before `init` is there."""
+    zero = lax.optimization_barrier((jnp.float32(0), init[0]))[0]
+    avals = {k: v.aval for k, v in enumerate(stacks) if not on_host(v.aval)}
+    return {
+        k: jnp.broadcast_to(zero.astype(a.dtype), a.shape)
+        for k, a in avals.items()
+        if jnp.issubdtype(a.dtype, jnp.floating)
+    }
 
 
 def walk(jaxpr: compat.Jaxpr) -> Any:

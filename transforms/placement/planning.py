@@ -121,7 +121,8 @@ def plan(
     else:
         make = own
     measured = target.is_here if measure is None else measure
-    return _measured(make, budget, fn, args, donate) if measured else make(budget)
+    compiled = functools.partial(_compiled_peak, fn=fn, args=args, donate=donate)
+    return _measured(make, budget, compiled, own.advice) if measured else make(budget)
 
 
 def _place(fn: Callable[..., Any], key: int | str, count: int) -> int:
@@ -198,40 +199,53 @@ def _shapes(args: Any) -> Any:
     return jax.tree.map(shape, args)
 
 
-def _measured(make: Callable[[int], Plan], budget: int, fn: Any, args: Any, donate: Any) -> Plan:
+def _measured(
+    make: Callable[[int], Plan], budget: int, compiled: Callable[[Plan], int], advice: str
+) -> Plan:
     """The fastest plan found whose compiled program is within the budget.
 
-    What a prediction was off by is taken off the budget, or added to it, for the next.
+    What a prediction was off by is taken off the budget, or added to it, for the next. Where that leaves too little,
+    what is predicted to need least is compiled.
     """
     tried: dict[str, Plan] = {}
-    target = budget
-    for _ in range(_COMPILATIONS):
+    target, least, refused = budget, 0, None
+    while len(tried) < _COMPILATIONS:
         try:
             found = make(target)
-        except BudgetError:
-            if not tried:
-                raise
-            break
+        except BudgetError as error:
+            refused = refused or error
+            if least:
+                break
+            target = least = error.least
+            continue
         key = repr((found.kept, found.streamed, found.formats))
         if key in tried:
             break
-        peak = _compiled_peak(found, fn, args, donate)
+        peak = compiled(found)
         tried[key] = dataclasses.replace(found, budget=budget, measured=peak)
         if peak <= budget and (peak >= _NEAR * budget or found.after < _NEAR * target):
             break
-        target = budget + found.after - peak
+        target = max(least, budget + found.after - peak)
+    if refused is not None and not tried:
+        raise refused
     fitting = [found for found in tried.values() if found.peak <= budget]
     if not fitting:
-        least = min(found.peak for found in tried.values())
-        raise BudgetError(
-            f"`hbm` is {format_bytes(budget)}, and the least peak of {len(tried)} compiled plans is "
-            f"{format_bytes(least)}: give so much, or `host` memory",
-            least,
-        )
+        _refuse(budget, min(tried.values(), key=lambda found: found.peak), len(tried), advice)
     return min(fitting, key=lambda found: found.step_after)
 
 
-def _compiled_peak(plan: Plan, fn: Any, args: Any, donate: Any) -> int:
+def _refuse(budget: int, least: Plan, count: int, advice: str) -> NoReturn:
+    moments = list(zip(*(band.nbytes for band in least.timelines[1])))
+    sizes = zip(max(moments, key=sum), (band.name for band in least.timelines[1]))
+    names = [f"{name} ({format_bytes(size)})" for size, name in sorted(sizes, reverse=True) if size]
+    raise BudgetError(
+        f"`hbm` is {format_bytes(budget)}, and the least peak of {count} compiled plans is "
+        f"{format_bytes(least.peak)}: give so much. At its peak there are {', '.join(names)}. {advice}",
+        least.peak,
+    )
+
+
+def _compiled_peak(plan: Plan, *, fn: Any, args: Any, donate: Any) -> int:
     planned = plan.apply(fn)
     given = planned.prepare(*_shapes(args))
     places = jax.tree.map(placement, given)

@@ -223,9 +223,9 @@ class _Run:
             for k, (number, var) in replaced.items():
                 operands[k] = var.val if is_literal(var) else lazies[number](var)
             args = [*args[:start], *(operands[k] for k in range(len(scanned)))]
-            return evaluate(body, consts, args)
+            return evaluate(body, consts, *args)
 
-        return scan(eqn, [*fixed, *flat], run)
+        return scan(eqn, [*fixed, *flat], run, late=True)
 
     def layer(
         self, d: Decisions, held: Any, xs: Any, arrays: Any, stack: dict[Any, Stored]

@@ -81,7 +81,7 @@ def by_shares[T](
             low, low_peak = share, peak
         else:
             high, high_peak = min(share, taken), peak
-        if high - low <= 0.02 * total or 0.97 * budget <= peak <= budget:
+        if high - low <= 0.02 * min(budget, total) or 0.97 * budget <= peak <= budget:
             break
     return tried
 
@@ -105,6 +105,7 @@ class Search:
         self.bits = self.codec.bits_per_weight((1, 4096)) if self.codec is not None else 0.0
         self.before = self.predicted(None)
         self.numbers = functools.cache(self.numbered)
+        self.met: list[tuple[Choice, Prediction]] = []  # for any budget
 
     def numbered(self, reach: int) -> Numbers:
         """The problem in numbers, arguments among them. Transfers of a program that carries nothing over hide in it."""
@@ -143,13 +144,12 @@ class Search:
             found.append(self.for_reach(self.numbers(reach), budget))
             if any(p.peak <= budget for _, p in found[-1]):
                 break
-        tried = [c for choices in found for c in choices]
-        best = min((c.seconds for c, p in tried if p.peak <= budget), default=math.inf)
-        tried += [(c, self.predicted(c)) for c in self.simple if c.seconds < best]
-        fitting = [c for c in tried if c[1].peak <= budget]
+        self.met += [c for choices in found for c in choices]
+        best = min((c.seconds for c, p in self.met if p.peak <= budget), default=math.inf)
+        self.met += [(c, self.predicted(c)) for c in self.simple if c.seconds < best]
+        fitting = [c for c in self.met if c[1].peak <= budget]
         if not fitting:
-            least = min((p for _, p in tried), key=lambda p: p.peak)
-            self.refuse(budget, least)
+            self.refuse(budget, min((p for _, p in self.met), key=lambda p: p.peak))
         choice, prediction = min(fitting, key=lambda c: c[0].seconds)
         bounds = [c.bound for choices in found for c, p in choices if p.peak <= budget]
         bound = min([choice.seconds, *bounds])
@@ -186,14 +186,19 @@ class Search:
 
     def refuse(self, budget: int, least: Prediction) -> NoReturn:
         names = ", ".join(f"{b.name} ({format_bytes(b.nbytes)})" for b in least.at_peak[:5])
-        ways = [] if self.host else ["give `host` memory to offload to"]
-        ways += [] if self.codec else ["allow `encode`"]
         raise BudgetError(
             f"`hbm` is {format_bytes(budget)}; the least that was reached is {format_bytes(least.peak)}: arguments and "
-            f"outputs take {format_bytes(least.arguments + least.outputs)}, and at the peak there are {names}. To need "
-            f"less, {' or '.join([*ways, 'make the batch smaller'])}.",
+            f"outputs take {format_bytes(least.arguments + least.outputs)}, and at the peak there are {names}. "
+            f"{self.advice}",
             least.peak,
         )
+
+    @property
+    def advice(self) -> str:
+        """How to need less."""
+        ways = [] if self.host else ["give `host` memory to offload to"]
+        ways += [] if self.codec else ["allow `encode`"]
+        return f"To need less, {' or '.join([*ways, 'make the batch smaller'])}."
 
     def for_reach(self, labels: Numbers, budget: int) -> list[tuple[Choice, Prediction]]:
         """Choices for shares of the budget."""
