@@ -13,6 +13,7 @@ from collections.abc import Container
 from .devices import Device
 from .graph import HOST, Block, Op, Value
 
+NAMES_ONLY = frozenset({"barrier", "squeeze", "stop_gradient"})  # nothing runs, nothing moves
 MATRIX = frozenset({"dot_general", "ragged_dot_general", "ragged_dot", "conv_general_dilated"})
 
 
@@ -27,7 +28,7 @@ def op_seconds(op: Op, device: Device, in_memory: Container[Value] | None = None
     """
     if op.blocks:
         return op.trips * max(seconds(block, device, in_memory) for block in op.blocks)
-    if op.name == "barrier":
+    if op.name in NAMES_ONLY:
         return 0.0
     if op.name == "device_put" and any(v.space == HOST for v in (*op.inputs, *op.outputs)):
         return _transfer_seconds(op, device)
@@ -56,4 +57,6 @@ def _touched(op: Op, value: Value) -> int:
         return min(value.nbytes, op.outputs[0].nbytes)
     if op.name == "dynamic_update_slice" and value in (op.inputs[0], op.outputs[0]):
         return op.inputs[1].nbytes if value is op.outputs[0] else 0
+    if op.name == "append" and value in (*op.inputs[: len(op.outputs) - 2], *op.outputs[:-2]):
+        return 0  # new rows are written, which count as they are read
     return value.nbytes

@@ -16,7 +16,7 @@ import math
 
 from .cost import MATRIX
 from .graph import Block, Op, Value
-from .kinds import UPDATES, VIEWS, is_fusible, reads_memory
+from .kinds import UPDATES, VIEWS, is_fusible, reads_memory, updated
 from .rules import Rules
 
 
@@ -277,7 +277,7 @@ def _demanded(block: Block, rules: Rules) -> set[Value]:
         if op.name in VIEWS:
             demanded.update(s for s, t in zip(op.inputs, op.outputs) if t in demanded)
         elif op.name in UPDATES and not is_fusible(op):
-            demanded.add(op.inputs[0])
+            demanded.update(updated(op).values())
         elif reads_memory(op) or (rules.products_read and op.name in MATRIX):
             demanded.update(v for v in op.inputs if not v.literal)
     return demanded

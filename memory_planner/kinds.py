@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .cost import MATRIX
-from .graph import Op
+from .graph import Op, Value
 
 # Another name for the same bytes, at most another order of axes, which the compiler's layouts absorb.
 VIEWS = frozenset(
@@ -27,9 +27,10 @@ REDUCTIONS = frozenset(
     }
 )
 
-# They update a part of their first operand, in its place when nobody needs the old content.
+# They update a part of their first operand (`append`: of its first ones), in place when nobody needs the old content.
 UPDATES = frozenset(
     {
+        "append",
         "dynamic_update_slice",
         "scatter",
         "scatter-add",
@@ -83,6 +84,14 @@ OPAQUE = frozenset(
         "io_callback",
     }
 )
+
+
+def updated(op: Op) -> dict[Value, Value]:
+    """For results of `UPDATES` the operands that they are updates of."""
+    if op.name not in UPDATES:
+        return {}
+    results = op.outputs[:-2] if op.name == "append" else op.outputs  # then labels and a count
+    return dict(zip(results, op.inputs))
 
 
 def is_fusible(op: Op) -> bool:

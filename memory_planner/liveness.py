@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from .cost import MATRIX
 from .fusion import Memory, fuse, users_through_views
 from .graph import HOST, Block, Graph, Op, Value
-from .kinds import REDUCTIONS, UPDATES, VIEWS, is_fusible
+from .kinds import REDUCTIONS, UPDATES, VIEWS, is_fusible, updated
 from .rules import Rules
 from .schedule import Step, depth_first, reordered, steps_of
 
@@ -156,7 +156,7 @@ class _Lives:
         deep = depth_first(steps, [self.memory.home.get(v, v) for v in self.block.outputs])
         if self.rules.by_outputs and any(op.name == "device_put" for op in self.block.ops):
             return self.flat(deep)
-        in_place = any(s.op.name in UPDATES and s.op.inputs[0] in self.reusable for s in steps)
+        in_place = any(v in self.reusable for s in steps for v in updated(s.op).values())
         ordered = self.rules.by_outputs or self.is_body
         orders = (deep,) if ordered and not in_place else (steps, deep)
         eager = not (self.rules.by_outputs and self.is_body)
@@ -245,8 +245,8 @@ class _Lives:
 
     def candidates(self, step: Step, number: int, value: Value) -> Iterator[Value]:
         op, home = step.op, self.memory.home
-        if op.name in UPDATES and op.inputs[0] in home:
-            yield home[op.inputs[0]]
+        if op.name in UPDATES:
+            yield from (home[v] for o, v in updated(op).items() if o is value and v in home)
         elif op.name in ("scan", "while"):
             if (carry := _carry(op, value)) in home:
                 yield home[carry]
