@@ -12,9 +12,7 @@ from collections.abc import Container
 
 from .devices import Device
 from .graph import HOST, Block, Op, Value
-
-NAMES_ONLY = frozenset({"barrier", "squeeze", "stop_gradient"})  # nothing runs, nothing moves
-MATRIX = frozenset({"dot_general", "ragged_dot_general", "ragged_dot", "conv_general_dilated"})
+from .kinds import MATRIX, NAMES_ONLY, updated
 
 
 def op_seconds(op: Op, device: Device, in_memory: Container[Value] | None = None) -> float:
@@ -57,6 +55,6 @@ def _touched(op: Op, value: Value) -> int:
         return min(value.nbytes, op.outputs[0].nbytes)
     if op.name == "dynamic_update_slice" and value in (op.inputs[0], op.outputs[0]):
         return op.inputs[1].nbytes if value is op.outputs[0] else 0
-    if op.name == "append" and value in (*op.inputs[: len(op.outputs) - 2], *op.outputs[:-2]):
+    if op.name == "append" and any(value in pair for pair in updated(op).items()):
         return 0  # new rows are written, which count as they are read
     return value.nbytes

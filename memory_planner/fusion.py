@@ -14,9 +14,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from .cost import MATRIX
 from .graph import Block, Op, Value
-from .kinds import UPDATES, VIEWS, is_fusible, reads_memory, updated
+from .kinds import MATRIX, UPDATES, VIEWS, is_fusible, reads_memory, updated
 from .rules import Rules
 
 

@@ -1,11 +1,15 @@
-"""What a compiler may do with a primitive: look through it, fuse it, or neither."""
+"""What a primitive is, and what a compiler may do with it: look through it, fuse it, or neither."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .cost import MATRIX
 from .graph import Op, Value
+
+MATRIX = frozenset({"dot_general", "ragged_dot_general", "ragged_dot", "conv_general_dilated"})
+
+# Nothing runs, nothing moves.
+NAMES_ONLY = frozenset({"barrier", "squeeze", "stop_gradient"})
 
 # Another name for the same bytes, at most another order of axes, which the compiler's layouts absorb.
 VIEWS = frozenset(

@@ -13,10 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 import jax.numpy as jnp
 
-from .cost import MATRIX
 from .fusion import Memory, fuse, users_through_views
 from .graph import HOST, Block, Graph, Op, Value
-from .kinds import REDUCTIONS, UPDATES, VIEWS, is_fusible, updated
+from .kinds import MATRIX, REDUCTIONS, UPDATES, VIEWS, is_fusible, updated
 from .rules import Rules
 from .schedule import Step, depth_first, reordered, steps_of
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .cost import MATRIX
 from .devices import Device
 from .flops import MOVES, flops_of
-from .kinds import OPAQUE, REDUCTIONS
+from .kinds import MATRIX, OPAQUE, REDUCTIONS
 from .report import tree_nbytes
 
 FUSED_SHARE = 0.1  # of the traffic of an operation that is fused with its neighbours

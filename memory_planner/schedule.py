@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence, Set
 
-from .cost import MATRIX
 from .fusion import Memory
 from .graph import Block, Op, Value
-from .kinds import VIEWS
+from .kinds import MATRIX, VIEWS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .cost import MATRIX
 from .fusion import users_through_views
 from .graph import Block, Op, Value
-from .kinds import UPDATES, VIEWS
+from .kinds import MATRIX, UPDATES, VIEWS
 from .rules import Rules
 
 # The same operands give other results, or the call itself matters.
