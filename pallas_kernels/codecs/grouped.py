@@ -133,6 +133,11 @@ def granularity_suffix(group: int | None, per_tensor: bool) -> str:
     return "-tensor" if per_tensor else "" if group is None else f"-g{group}"
 
 
+def scale_dtype_suffix(scale_dtype: str) -> str:
+    """The part of a codec's name that says what scales are stored in; "" for f16."""
+    return "" if scale_dtype == "f16" else f"-{scale_dtype}"
+
+
 def reduce_axes(groups: jax.Array, per_tensor: bool, batch_dims: int) -> tuple[int, ...]:
     """The axes of ``[*lead, n_groups, group]`` that share a scale."""
     return tuple(range(batch_dims, groups.ndim)) if per_tensor else (-1,)

@@ -32,6 +32,7 @@ from .grouped import (
     nonzero,
     reduce_axes,
     round_scale,
+    scale_dtype_suffix,
 )
 
 ON_GRID = 0.03  # of a step: as far as a value may be from its level to count as lying on it
@@ -71,7 +72,7 @@ class Int(GroupCodec):
     def name(self) -> str:
         kind = "-sym" if self.symmetric else "-asym"
         kind = "" if self.symmetric == self._symmetric_by_default else kind
-        dtype = "" if self.scale_dtype == "f16" else f"-{self.scale_dtype}"
+        dtype = scale_dtype_suffix(self.scale_dtype)
         kind += dtype + ("-a8" if self.activations else "")
         return f"int{self.bits}{granularity_suffix(self.group, self.per_tensor)}{kind}"
 

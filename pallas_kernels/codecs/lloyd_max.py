@@ -24,6 +24,7 @@ from .grouped import (
     granularity_suffix,
     nonzero,
     round_scale,
+    scale_dtype_suffix,
 )
 
 # the positive half; the other half mirrors it
@@ -51,7 +52,7 @@ class LloydMax(GroupCodec):
 
     @property
     def name(self) -> str:
-        dtype = "" if self.scale_dtype == "f16" else f"-{self.scale_dtype}"
+        dtype = scale_dtype_suffix(self.scale_dtype)
         return f"lm{self.bits}{granularity_suffix(self.group, False)}{dtype}"
 
     @property

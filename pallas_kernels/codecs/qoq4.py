@@ -25,6 +25,7 @@ from .grouped import (
     check_scale_dtype,
     nonzero,
     round_scale,
+    scale_dtype_suffix,
 )
 
 LEAST, MOST = -15.0, 16.0  # of a group's scale: times -8 to 7 it fits int8
@@ -54,7 +55,7 @@ class Qoq4(GroupCodec):
 
     @property
     def name(self) -> str:
-        dtype = "" if self.scale_dtype == "f16" else f"-{self.scale_dtype}"
+        dtype = scale_dtype_suffix(self.scale_dtype)
         return f"qoq4-g{self.group}{dtype}"
 
     @property
