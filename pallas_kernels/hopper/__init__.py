@@ -35,6 +35,14 @@ from .lookup import lookup_scratch as lookup_scratch
 from .nibbles import expand_nibbles as expand_nibbles
 from .ring import Ring as Ring
 from .ring import ring_barriers as ring_barriers
+from .signed_bytes import RADIX as RADIX
+from .signed_bytes import add_digits as add_digits
+from .signed_bytes import excess as excess
+from .signed_bytes import expand_bytes as expand_bytes
+from .signed_bytes import load_for_digits as load_for_digits
+from .signed_bytes import permute_bytes as permute_bytes
+from .split import LINE as LINE
+from .split import Split as Split
 from .staged import stage_transposed as stage_transposed
 from .transposed import expand_transposed as expand_transposed
 from .transposed import over_rows as over_rows

@@ -184,7 +184,7 @@ def expand(
         return_type=[plgpu.ShapeDtypeStruct((ROWS, 64), dtype, layout=WGMMA)] * len(pieces),
     )
     def run(ctx, refs, flat, levels):
-        words = _load_words(refs, half, row_bytes)
+        words = load_words(refs, half, row_bytes)
         pick = lambda v: asm.doubled(v, 0 if ir.VectorType(v.type).shape[0] == 1 else half)
         pairs = [[pick(v) for v in t.registers.flat] for t in flat]
         maker = MAKERS[plan.kind](plan, jnp.dtype(dtype), *levels)
@@ -199,7 +199,7 @@ def _given(lookup: Any) -> list[Any]:
     return [] if lookup is None else [lookup]
 
 
-def _load_words(refs: Sequence[Any], half: int, row_bytes: int) -> list[list[list[Any]]]:
+def load_words(refs: Sequence[Any], half: int, row_bytes: int) -> list[list[list[Any]]]:
     """A thread's 16 bytes of each stream and of its two rows, as words."""
     warp, g, q = asm.lanes()
     turn = g if row_bytes == 128 else arith.shrui(g, asm.const(1))  # the swizzle

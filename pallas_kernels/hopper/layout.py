@@ -293,18 +293,20 @@ def store_transposed(
     *,
     paired: bool = False,
     rows: int | None = None,
+    every: int = 1,
 ) -> None:
-    """Writes ``tile[j, i]`` to ``out[row + i, column + j]`` for rows below `stop`.
+    """Writes ``tile[j, every * i]`` to ``out[row + i, column + j]`` for rows below `stop`.
 
     Args:
       paired: the tile's rows are as `expand_transposed` has them; they are written in the order of elements.
       rows: how many columns of the tile there are to write; None for all (the interpreter can't write outside).
+      every: 1 or 2.
     """
     width = tile.shape[1]
     if interpret:
-        n = width if rows is None else rows
+        n = width // every if rows is None else rows
         x = tile.reshape(4, 2, 8, width).swapaxes(1, 2).reshape(tile.shape) if paired else tile
-        out[pl.ds(row, n), pl.ds(column, ROWS)] = x.T[:n].astype(out.dtype)
+        out[pl.ds(row, n), pl.ds(column, ROWS)] = x.T[::every][:n].astype(out.dtype)
         return
 
     @asm.inline(arg_types=(plgpu.RefType(), WGMMA, SCALAR, SCALAR, SCALAR))
@@ -314,12 +316,12 @@ def store_transposed(
         stop = asm.scalar(stop)
         lane = arith.addi(asm.first_row(warp, g), g) if paired else asm.first_row(warp, g)
         first = arith.extsi(asm.i64(), arith.addi(asm.scalar(column), lane))
-        own = arith.addi(asm.scalar(row), arith.muli(q, asm.const(2)))
+        own = arith.addi(asm.scalar(row), arith.muli(q, asm.const(2 // every)))
         registers = tile.registers.reshape(width // 8, 2)
         stride = asm.const64(ir.MemRefType(ref.type).shape[1])
         for octet in range(width // 8):
-            for e in range(2):
-                r = arith.addi(own, asm.const(8 * octet + e))
+            for e in range(0, 2, every):
+                r = arith.addi(own, asm.const(8 // every * octet + e))
                 inside = arith.cmpi(arith.CmpIPredicate.slt, r, stop)
                 start = arith.addi(arith.muli(arith.extsi(asm.i64(), r), stride), first)
                 for half in range(2):

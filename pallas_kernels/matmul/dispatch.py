@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from .. import hopper, tpu
 from ..codecs import Packed
 from ..op import Op, one_by_one
-from . import many_rows, mosaic_gpu, mosaic_tpu, reference, tuned, w8a8, xla
+from . import digits, many_rows, mosaic_gpu, mosaic_tpu, reference, tuned, w8a8, xla
 
 WHOLE_BYTES = (
     2**30
@@ -72,7 +72,7 @@ def describe(x: Any, w: Packed) -> str:
     if _decodes_first(x, w):
         why = [many_rows.refusal(w), f"M = {x.shape[-2]}: faster than fused"]
         return f"xla: decode, then dot ({', '.join(filter(None, why))})"
-    return f"{name}: fused"
+    return f"{name}: fused, x in digits" if _digits_of(x, w) else f"{name}: fused"
 
 
 def _describe_rounded(x: Any, w: Packed) -> str:
@@ -83,6 +83,14 @@ def _describe_rounded(x: Any, w: Packed) -> str:
 def _takes_many(x: Any, w: Packed) -> bool:
     plan = hopper.plan_of(w.codec)
     return tuned.takes_many(plan, mosaic_gpu.rows_of(x)) and not many_rows.refusal(w)
+
+
+def _digits_of(x: Any, w: Packed) -> mosaic_gpu.Config | None:
+    """How `digits` multiplies these; None where it does not."""
+    if digits.refusal(w):
+        return None
+    n, k = w.shape[-2:]
+    return tuned.digits_config(hopper.plan_of(w.codec), mosaic_gpu.rows_of(x), n, k)
 
 
 def _decodes_first(x: Any, w: Packed) -> bool:
@@ -109,6 +117,8 @@ def _on_cuda(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
     if takes_many:
         config = tuned.many(plan, len(folded), rows, n, k)
         out = many_rows.matmul(folded, one, config, out_dtype=dtype)
+    elif config := _digits_of(folded, one):
+        out = digits.matmul(folded, one, config, out_dtype=dtype)
     else:
         out = mosaic_gpu.matmul(folded, one, tuned.config(plan, rows, n, k), out_dtype=dtype)
     return out.reshape(*lead, m, n)

@@ -68,12 +68,15 @@ def matmul(
     """``[B, M, K] x [B, N, K] -> [B, M, N]``, summed in float32, of `out_dtype` (None: as x)."""
     if x.dtype == jnp.float32:
         return in_halves(matmul, x, w, config, out_dtype, interpret)
-    problem = _Problem.of(x, w, config, out_dtype, interpret)
+    problem = FewRows.of(x, w, config, out_dtype, interpret)
     (batch, m, _), pieces = x.shape, problem.plan.pieces
     columns = hopper.permute_columns(x.reshape(batch, m, pieces, -1))
     columns = columns.swapaxes(1, 2).reshape(batch * pieces, m, -1)
     columns = jnp.pad(columns, ((0, 0), (0, -m % 8), (0, 0)))
-    return problem(columns, *problem.operands(w))
+    codes, tables = problem.operands(w)
+    if problem.scales_sums and problem.plan.has_zero:
+        tables.append(problem.unit_sums(columns))
+    return problem(columns, codes, tables)
 
 
 def rows_of(x: jax.Array) -> int:
@@ -90,13 +93,30 @@ def shared_bytes(config: Config, plan: hopper.Plan) -> int:
     return c.split * c.stages * (codes + x) + sums + hopper.lookup_bytes(plan)
 
 
-class _Problem(Problem):
+class FewRows(Problem):
+    """The product of few rows, by warpgroups of a kind."""
+
+    @property
+    def warpgroup(self) -> type[Warpgroup]:
+        return Warpgroup
+
+    @property
+    def columns(self) -> int:
+        """Of sums."""
+        return self.config.block_m
+
     @property
     def mine(self) -> int:
         """Stages of one warpgroup."""
         c = self.config
         total = pl.cdiv(self.piece, c.row_bytes)
         return pl.cdiv(total, c.split * c.grid_k)
+
+    @property
+    def reach(self) -> int:
+        """Columns of a piece that stages take, with those past its end."""
+        c = self.config
+        return self.mine * c.split * c.grid_k * c.row_bytes
 
     @property
     def whole(self) -> bool:
@@ -120,8 +140,7 @@ class _Problem(Problem):
     @property
     def units(self) -> int:
         """Of a piece of x, with those past its end that stages reach."""
-        c = self.config
-        return self.mine * c.split * c.grid_k * self.stage_units
+        return self.reach // self.unit
 
     def unit_sums(self, x: jax.Array) -> jax.Array:
         """Sums of x over each unit, flat: ``f32[B, pieces, M, units]``, M in whole blocks.
@@ -134,16 +153,20 @@ class _Problem(Problem):
         return sums.reshape(-1)
 
     def __call__(self, x: jax.Array, codes: jax.Array, tables: list[jax.Array]) -> jax.Array:
+        """
+        Args:
+          x: ``[B * pieces, M, columns]``, as the kernel copies it.
+          codes, tables: from `operands`; where sums are scaled, what their columns need comes last.
+        """
         c = self.config
-        if self.scales_sums and self.plan.has_zero:
-            tables = [*tables, self.unit_sums(x)]
         rows_m, splits = pl.cdiv(self.m, c.block_m), self.batch * c.grid_k
         out_m = self.m
         if self.interpret:  # the interpreter does not read or write outside of an array
-            x, codes, out_m = self.padded(x, codes)
+            x, codes = self.padded(x, codes)
+            out_m = rows_m * c.block_m
         dtype = jnp.float32 if c.grid_k > 1 else self.out_dtype
         kernel = plgpu.kernel(
-            _Body(self, out_m),
+            Body(self, out_m),
             out_type=jax.ShapeDtypeStruct((splits * out_m, self.n), dtype),
             grid=(pl.cdiv(self.n, ROWS * c.rows), rows_m, splits),
             grid_names=("n", "m", "z"),
@@ -159,11 +182,21 @@ class _Problem(Problem):
         out = out.sum(1) if c.grid_k > 1 else out[:, 0]
         return out[:, : self.m].astype(self.out_dtype)
 
-    def padded(self, x: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array, int]:
+    def padded(self, x: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows = -x.shape[1] % self.config.block_m
+        x = jnp.pad(x, ((0, 0), (0, rows), (0, max(0, self.reach - x.shape[2]))))
+        return x, jnp.pad(codes, ((0, 0), (0, self.reach)))
+
+    @property
+    def copies(self) -> int:
+        """That fill a stage."""
+        return self.plan.streams + 1
+
+    def x_scratch(self) -> dict[str, Any]:
+        """The ring's columns of x."""
         c = self.config
-        columns = self.mine * c.split * c.grid_k * c.row_bytes
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % c.block_m), (0, max(0, columns - x.shape[2]))))
-        return x, jnp.pad(codes, ((0, 0), (0, columns))), x.shape[1]
+        shape = (c.split, c.stages, self.plan.pieces, c.block_m, c.row_bytes)
+        return {"x": plgpu.SMEM(shape, self.dtype, transforms=hopper.tiled(self.dtype))}
 
     def scratch(self) -> dict[str, Any]:
         c, plan = self.config, self.plan
@@ -176,28 +209,24 @@ class _Problem(Problem):
                 jnp.uint8,
                 transforms=tile(jnp.uint8, c.row_bytes),
             ),
-            "x": plgpu.SMEM(
-                (*ring, plan.pieces, c.block_m, c.row_bytes),
-                self.dtype,
-                transforms=tile(self.dtype),
-            ),
-            "full": plgpu.Barrier(num_arrivals=1 + plan.streams, num_barriers=slots),
+            "full": plgpu.Barrier(num_arrivals=self.copies, num_barriers=slots),
+            **self.x_scratch(),
         }
         if c.rows > 1:
             scratch["empty"] = plgpu.Barrier(num_arrivals=c.rows, num_barriers=slots)
         if c.split > 1:
-            sums = ((c.split - 1) * c.rows, ROWS, c.block_m)
+            sums = ((c.split - 1) * c.rows, ROWS, self.columns)
             scratch["sums"] = plgpu.SMEM(sums, jnp.float32)
             scratch["done"] = plgpu.Barrier(num_arrivals=c.split - 1, num_barriers=c.rows)
         if self.interpret:  # its WGMMA takes no registers
-            scratch["staged"] = plgpu.SMEM((c.rows * c.split, ROWS, 64), self.dtype)
+            scratch["staged"] = plgpu.SMEM((c.rows * c.split, ROWS, 64), scratch["x"].dtype)
         return scratch | hopper.lookup_scratch(plan, self.interpret)
 
 
-class _Body:
+class Body:
     """The kernel's body, for one warpgroup."""
 
-    def __init__(self, problem: _Problem, out_m: int):
+    def __init__(self, problem: FewRows, out_m: int):
         self.problem, self.out_m = problem, out_m
         self.config, self.plan = problem.config, problem.plan
         self.interpret = problem.interpret
@@ -211,7 +240,7 @@ class _Body:
         block = ROWS * c.rows
         # the last block begins earlier instead of ending later
         column = jnp.minimum(lax.axis_index("n") * block, max(0, p.n - block))
-        one = _Warpgroup(
+        one = p.warpgroup(
             body=self, x=x, codes=codes, tables=tables, out=out, scratch=scratch, wg=wg,
             part=part, sub=sub, entry=entry, column=column, row=lax.axis_index("m") * c.block_m,
             first=(split * c.split + part) * p.mine,
@@ -221,7 +250,7 @@ class _Body:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Warpgroup:
+class Warpgroup:
     """Attributes:
     part, sub: which part of K and which 64 rows of the block.
     entry: of the batch.
@@ -229,7 +258,7 @@ class _Warpgroup:
     first: the first stage.
     """
 
-    body: _Body
+    body: Body
     x: Any
     codes: Any
     tables: Sequence[Any]
@@ -244,7 +273,7 @@ class _Warpgroup:
     first: Any
 
     @property
-    def p(self) -> _Problem:
+    def p(self) -> FewRows:
         return self.body.problem
 
     @property
@@ -272,8 +301,12 @@ class _Warpgroup:
             columns = pl.ds(stream * p.piece + offset, c.row_bytes)
             to = self.scratch["codes"].at[self.part, slot, stream]
             plgpu.copy_gmem_to_smem(self.codes.at[rows, columns], to, full)
+        self.fetch_x(slot, offset, full)
+
+    def fetch_x(self, slot: Any, column: Any, full: Any) -> None:
+        c, plan = self.c, self.body.plan
         pieces = pl.ds(self.entry * plan.pieces, plan.pieces)
-        x = self.x.at[pieces, pl.ds(self.row, c.block_m), pl.ds(offset, c.row_bytes)]
+        x = self.x.at[pieces, pl.ds(self.row, c.block_m), pl.ds(column, c.row_bytes)]
         plgpu.copy_gmem_to_smem(x, self.scratch["x"].at[self.part, slot], full)
 
     def start(self) -> None:
@@ -417,7 +450,7 @@ class _Warpgroup:
             one = lambda s, state: self.stage_sums(o * stages + s, s, now, *state)
             return later, lax.fori_loop(0, jnp.minimum(stages, p.mine - o * stages), one, inner)
 
-        zeros = jnp.zeros((ROWS, self.c.block_m), jnp.float32)
+        zeros = jnp.zeros((ROWS, self.p.columns), jnp.float32)
         total = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
         first = self.entries_ahead(jnp.int32(0)), (self.unit_sums(jnp.int32(0)), total)
         return lax.fori_loop(0, pl.cdiv(p.mine, stages), some, first)[1][1]
@@ -449,10 +482,16 @@ class _Warpgroup:
 
     def finish(self, total: jax.Array, row: Any) -> None:
         """Adds what the warpgroups with other parts of K have, and writes the tile to rows from `row` on."""
-        c = self.c
+        p, c = self.p, self.c
         column, start = self.column + self.sub * ROWS, row + self.row
         store = lambda x: hopper.store_transposed(
-            self.out, x, start, column, row + self.body.out_m, self.interpret
+            self.out,
+            x,
+            start,
+            column,
+            row + self.body.out_m,
+            self.interpret,
+            every=p.columns // c.block_m,
         )
         if c.split == 1:
             store(total)

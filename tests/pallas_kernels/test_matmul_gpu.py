@@ -12,7 +12,7 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 
 from stowax.pallas_kernels import codecs, hopper, kernel_name, matmul
-from stowax.pallas_kernels.matmul import dispatch, many_rows, mosaic_gpu, tuned, xla
+from stowax.pallas_kernels.matmul import digits, dispatch, many_rows, mosaic_gpu, tuned, xla
 from stowax.pallas_kernels.matmul.mosaic_gpu import Config
 
 # spec, M, K, N, config, dtype: formats, ragged rows and columns, groups across a stage, every way to share K and rows
@@ -55,6 +55,26 @@ MANY_SLOW = {
     "int2": ("int2-g128", 40, 512, 128, many_rows.Config(48, 2, blocks=2), "bfloat16"),
     "e4m3, a channel": ("fp8_e4m3", 40, 256, 128, many_rows.Config(48, 2, blocks=2), "bfloat16"),
     "float32": ("int4-g128-sym", 20, 256, 128, many_rows.Config(48, 2, blocks=2), "float32"),
+}  # fmt: skip
+# For very few rows: units of 128 and 64 columns, zeros, planes, rows over blocks, K over warpgroups and over blocks.
+DIGITS = {
+    "zeros": ("int4-g64", 3, 256, 72, Config(4, split=1, in_flight=2), "bfloat16"),
+    "float16, rows over blocks": (
+        "int2-g128-sym",
+        5,
+        1024,
+        64,
+        Config(4, in_flight=2, grid_k=2),
+        "float16",
+    ),
+}
+DIGITS_SLOW = {
+    "int4, a channel": ("int4-sym", 2, 384, 64, Config(4), "bfloat16"),
+    "int3, zeros": ("int3-g128", 4, 2048, 64, Config(4, in_flight=4), "bfloat16"),
+    "int5": ("int5-g64", 1, 1024, 64, Config(4, split=1), "bfloat16"),
+    "int8": ("int8", 4, 384, 64, Config(4, in_flight=1), "bfloat16"),
+    "eight rows": ("int4-g128", 8, 512, 64, Config(8, split=1), "bfloat16"),
+    "float32": ("int4-g128-sym", 2, 512, 64, Config(4), "float32"),
 }  # fmt: skip
 REAL = [  # K, N of a Llama of 8 billion parameters, and odd ones
     (4096, 14336), (14336, 4096), (4096, 6144), (4096, 4096), (4096, 128_256), (1536, 576), (896, 128),
@@ -99,6 +119,32 @@ def test_numbers_of_every_format(name):
     check(SLOW[name])
 
 
+@pytest.mark.parametrize("name", DIGITS)
+def test_digits(name):
+    check(DIGITS[name], kernel=digits, batch=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DIGITS_SLOW)
+def test_digits_of_every_format(name):
+    check(DIGITS_SLOW[name], kernel=digits)
+
+
+def test_digits_keep_what_a_row_says():
+    """16 bits relative to the largest of a unit; a row of zeros gives zeros, one with a NaN nothing else."""
+    _, w = operands("int4-g128-sym", 4, 512, 64)
+    x = np.random.default_rng(0).standard_normal((1, 4, 512)).astype(np.float32)
+    x[0, 0, 0], x[0, 1], x[0, 2, 3], x[0, 3] = 3e4, 0, np.nan, x[0, 3] * 1e-20
+    x = jnp.asarray(x, jnp.bfloat16)
+    run = functools.partial(digits.matmul, config=Config(4), out_dtype=jnp.float32, interpret=True)
+    got = jax.jit(run)(x, w)[0]
+    want = (x.astype(jnp.float32) @ w.codec.decode(w.parts, 512).swapaxes(1, 2))[0]
+    assert float(jnp.linalg.norm(got[0] - want[0])) < 2e-4 * float(jnp.linalg.norm(want[0]))
+    assert float(jnp.linalg.norm(got[3] - want[3])) < 1e-4 * float(jnp.linalg.norm(want[3]))
+    assert not np.any(got[1])
+    assert np.all(np.isnan(got[2]))
+
+
 @pytest.mark.parametrize("name", MANY)
 def test_many_rows(name):
     check(MANY[name], kernel=many_rows, batch=2)
@@ -136,6 +182,10 @@ def test_lowers_for_cuda(spec):
         run = jax.jit(functools.partial(mosaic_gpu.matmul, config=config))
         text = run.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
         assert "mosaic_gpu" in text
+    x, w = shapes(spec, 1, 4096, 256)
+    if config := dispatch._digits_of(x, w):
+        run = jax.jit(functools.partial(digits.matmul, config=config))
+        assert "mosaic_gpu" in run.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
     x, w = shapes(spec, 1024, 4096, 14336)
     config = tuned.many(hopper.plan_of(w.codec), 1, 1024, 14336, 4096)
     run = jax.jit(functools.partial(many_rows.matmul, config=config))
@@ -172,6 +222,18 @@ def test_many_rows_get_blocks_that_fit(spec):
             assert many_rows.shared_bytes(c, plan) <= tuned.SHARED_BYTES
             assert c.block_m % 16 == 0
             assert c.block_m <= 256
+
+
+def test_digits_are_for_the_shapes_that_have_room():
+    of = lambda spec, m, k, n: dispatch._digits_of(*shapes(spec, m, k, n))
+    assert all(of("int4-g128", 2, k, n) for k, n in REAL if k != 896)
+    assert all(of("int3-g64", 1, k, n) for k, n in REAL[:2])
+    assert of("int4-g128", 3, 4096, 4096) is None
+    assert tuned.digits_config(hopper.plan_of(codecs.get("int4-g128")), 1, 65536, 65536) is None
+    refusal = lambda spec, k: digits.refusal(shapes(spec, 1, k, 64)[1])
+    assert refusal("int4-g32", 512) == "groups of 32"
+    assert refusal("nf4-g64", 512) == "nf4-g64 is no integer"
+    assert refusal("int4-g64", 896) == "K = 896 is no multiple of 256"
 
 
 def test_columns_are_permuted_as_codes_are_taken():

@@ -9,10 +9,11 @@ import pathlib
 from typing import Any
 
 from ...hopper import ROWS, Plan
-from .. import many_rows, tiles, w4a8_mosaic_gpu, w8a8_mosaic_gpu
+from .. import digits, many_rows, tiles, w4a8_mosaic_gpu, w8a8_mosaic_gpu
 from ..mosaic_gpu import Config, shared_bytes
 
 SHARED_BYTES = 227 * 1024  # a block of a Hopper GPU has
+MULTIPROCESSORS = 132
 
 
 @functools.cache
@@ -31,12 +32,31 @@ def config(plan: Plan, m: int, n: int, k: int, device: str = "hopper") -> Config
     chosen = _fitting(Config(**rule["config"]), plan, k // plan.pieces)
     while n < ROWS * chosen.rows:
         chosen = dataclasses.replace(chosen, rows=chosen.rows // 2)
-    blocks = -(-n // (ROWS * chosen.rows)) * -(-m // chosen.block_m)
-    stages = k // plan.pieces // (chosen.row_bytes * chosen.split)
+    return dataclasses.replace(chosen, grid_k=_parts(chosen, plan, m, n, k, rule["blocks"]))
+
+
+def digits_config(plan: Plan, m: int, n: int, k: int, device: str = "hopper") -> Config | None:
+    """The blocks of `digits` for ``[M, K] x [N, K]``; None where another kernel is faster or has more room."""
+    rules = table(device)["digits"]
+    rule = next((r for r in rules if m <= r["max_m"] and _is_for(r, plan)), None)
+    if rule is None:
+        return None
+    chosen = Config(**rule["config"])
+    parts = _parts(chosen, plan, m, n, k, rule["blocks"])
+    chosen = dataclasses.replace(chosen, grid_k=parts)
+    together = rule["blocks"] / MULTIPROCESSORS  # blocks of one
+    own = digits.shared_bytes(chosen, plan, k // plan.pieces) + 1024  # the driver takes 1024
+    return chosen if together * own <= SHARED_BYTES else None
+
+
+def _parts(config: Config, plan: Plan, m: int, n: int, k: int, wanted: int) -> int:
+    """Blocks that share K, where there would be less than `wanted` blocks otherwise."""
+    blocks = -(-n // (ROWS * config.rows)) * -(-m // config.block_m)
+    stages = k // plan.pieces // (config.row_bytes * config.split)
     parts = 1
-    while 2 * parts * blocks <= rule["blocks"] and 2 * parts <= min(stages, 8):
+    while 2 * parts * blocks <= wanted and 2 * parts <= min(stages, 8):
         parts *= 2
-    return dataclasses.replace(chosen, grid_k=parts)
+    return parts
 
 
 def _fitting(config: Config, plan: Plan, piece: int) -> Config:
