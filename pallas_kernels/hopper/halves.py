@@ -21,7 +21,7 @@ ONE, MAGIC = 0x3C00, 0x6400  # the bits of 1 and 1024
 
 
 class Field(NamedTuple):
-    """How a code is taken from a word: ``(word & mask | magic) * factor + offset``, in halves."""
+    """How a code is taken from a word: ``(word & mask | MAGIC) * factor + offset``, in halves."""
 
     mask: Any
     factor: Any
@@ -53,10 +53,7 @@ class Halves:
         return Field(mask, factor, offset)
 
     def levels(self, word: Any, fields: Any) -> list[list[Any]]:
-        """For each piece two registers, of bytes 0 and 2 of a word and of bytes 1 and 3.
-
-        Codes less `middle`, or less nothing where there are zeros, or levels.
-        """
+        """For each piece two registers, of bytes 0 and 2 of a word and of 1 and 3: codes less `middle`, or levels."""
         places = word, arith.shrui(word, asm.const(8))
         return [[self._number(place, field) for place in places] for field in fields]
 
@@ -87,12 +84,17 @@ class Halves:
 
 
 class _Levels(Halves):
-    """Looks them up instead."""
+    """Levels that are looked up."""
 
     def __init__(self, plan: Plan, lookup: Any):
         super().__init__(plan)
-        table = levels_of(plan, lookup)
-        self.fields, self.levels = table.fields, table.levels
+        self.table = levels_of(plan, lookup)
+
+    def fields(self, pieces: Sequence[int | Any]) -> Any:
+        return self.table.fields(pieces)
+
+    def levels(self, word: Any, fields: Any) -> list[list[Any]]:
+        return self.table.levels(word, fields)
 
 
 def halves_of(plan: Plan, *lookup: Any) -> Halves:
