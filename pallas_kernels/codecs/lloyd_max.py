@@ -4,7 +4,8 @@
 for minimum distortion", 1960). Mean and scale are refitted by least squares to the codes that they give, a few times.
 They start from the group's own mean and deviation, or in a short group from its ends: its least and greatest value say
 more of the best scale than its deviation does, and fewer rounds get further (a fifth less squared error at 4 bits in
-groups of 32; more where one value is far from all others). At 2 bits the error on normal data is about half of a uniform grid's from least to greatest value.
+groups of 32; more where one value is far from all others). At 2 bits the error on normal data is about half of a
+uniform grid's from least to greatest value.
 """
 
 from __future__ import annotations
