@@ -62,8 +62,14 @@ class TokenKeys(TokenRows):
         x = x.reshape(rows, width, self.pieces, -1).swapaxes(1, 2)
         return hopper.permute_columns(x).reshape(rows * self.pieces, width, -1)
 
-    def operands(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
-        """Operands ``f16[64, 64]`` of the tile in `refs`, each with the piece and the column of q that it meets."""
+    def operands(
+        self, refs: list[Any], lookup: Any, interpret: bool
+    ) -> Iterator[tuple[jax.Array, int, int]]:
+        """Operands ``f16[64, 64]`` of the tile in `refs`, each with the piece and the column of q that it meets.
+
+        Args:
+          lookup: the plan's table of `hopper.lookup_scratch`, if it has one.
+        """
         codes, *tables = refs
         piece = self.width // self.pieces
         whole = hopper.is_whole(self.group, piece, self.row_bytes, self.groups)
@@ -76,7 +82,7 @@ class TokenKeys(TokenRows):
         for half in range(self.row_bytes // 64):
             made = hopper.expand(
                 [codes], half, terms, self.plan,
-                dtype=jnp.dtype(jnp.float16), row_bytes=self.row_bytes, interpret=interpret,
+                dtype=jnp.dtype(jnp.float16), row_bytes=self.row_bytes, interpret=interpret, lookup=lookup,
             )  # fmt: skip
             for i, a in enumerate(made):
                 yield a, i, 64 * half
@@ -121,11 +127,13 @@ class ChannelKeys:
         codes: Slot = (blocks * self.tokens * self.plan.bits // 8,), jnp.uint8, ()
         return [codes, *(((blocks,), x.dtype, ()) for x in arrays[1:])]
 
-    def operands(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
+    def operands(
+        self, refs: list[Any], lookup: Any, interpret: bool
+    ) -> Iterator[tuple[jax.Array, int, int]]:
         codes, *tables = refs
         for chunk in range(self.width // 64):
             made = hopper.expand_channels(
                 codes, tables, chunk, self.plan,
-                tokens=self.tokens, width=self.width, interpret=interpret,
+                tokens=self.tokens, width=self.width, interpret=interpret, lookup=lookup,
             )  # fmt: skip
             yield made, 0, 64 * chunk
