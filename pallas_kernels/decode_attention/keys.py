@@ -62,14 +62,8 @@ class TokenKeys(TokenRows):
         x = x.reshape(rows, width, self.pieces, -1).swapaxes(1, 2)
         return hopper.permute_columns(x).reshape(rows * self.pieces, width, -1)
 
-    def operands(
-        self, refs: list[Any], lookup: Any, interpret: bool
-    ) -> Iterator[tuple[jax.Array, int, int]]:
-        """Operands ``f16[64, 64]`` of the tile in `refs`, each with the piece and the column of q that it meets.
-
-        Args:
-          lookup: the plan's table of `hopper.lookup_scratch`, if it has one.
-        """
+    def operands(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
+        """Operands ``f16[64, 64]`` of the tile in `refs`, each with the piece and the column of q that it meets."""
         codes, *tables = refs
         piece = self.width // self.pieces
         whole = hopper.is_whole(self.group, piece, self.row_bytes, self.groups)
@@ -82,7 +76,7 @@ class TokenKeys(TokenRows):
         for half in range(self.row_bytes // 64):
             made = hopper.expand(
                 [codes], half, terms, self.plan,
-                dtype=jnp.dtype(jnp.float16), row_bytes=self.row_bytes, interpret=interpret, lookup=lookup,
+                dtype=jnp.dtype(jnp.float16), row_bytes=self.row_bytes, interpret=interpret,
             )  # fmt: skip
             for i, a in enumerate(made):
                 yield a, i, 64 * half
@@ -127,13 +121,11 @@ class ChannelKeys:
         codes: Slot = (blocks * self.tokens * self.plan.bits // 8,), jnp.uint8, ()
         return [codes, *(((blocks,), x.dtype, ()) for x in arrays[1:])]
 
-    def operands(
-        self, refs: list[Any], lookup: Any, interpret: bool
-    ) -> Iterator[tuple[jax.Array, int, int]]:
+    def operands(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
         codes, *tables = refs
         for chunk in range(self.width // 64):
             made = hopper.expand_channels(
                 codes, tables, chunk, self.plan,
-                tokens=self.tokens, width=self.width, interpret=interpret, lookup=lookup,
+                tokens=self.tokens, width=self.width, interpret=interpret,
             )  # fmt: skip
             yield made, 0, 64 * chunk

@@ -169,11 +169,6 @@ class _Problem:
     weights: bool
     interpret: bool
 
-    @property
-    def plans(self) -> list[hopper.Plan]:
-        """Of keys and values; one where they have it in common."""
-        return list(dict.fromkeys((self.keys.plan, self.values.plan)))
-
     def parts(self, rows: int) -> int:
         """Blocks that share the tokens of a head, where there are `rows` heads."""
         tiles = self.tokens // ROWS
@@ -207,7 +202,6 @@ class _Problem:
             "warps": plgpu.SMEM((wg, 4, self.width), jnp.float32),
             "full": hopper.ring_barriers(len(keys + values), wg, c.stages, self.interpret),
             "ready": plgpu.Barrier(num_arrivals=1),
-            "lookups": [hopper.lookup_scratch(plan, self.interpret) for plan in self.plans],
         }
         if self.interpret:
             scratch["staged"] = plgpu.SMEM((wg, ROWS, ROWS), f16)
@@ -269,9 +263,6 @@ class _Body:
         ring.start()
         for i in range(c.stages):
             fetch(jnp.int32(i))
-        lookups = {plan: own.get("lookup") for plan, own in zip(p.plans, scratch["lookups"])}
-        for plan, lookup in lookups.items():
-            hopper.fill_lookup(lookup, plan, jnp.float16, c.warpgroups)
         plgpu.barrier_wait(scratch["ready"])
         shape = (ROWS, p.width)
         constant = lambda x: plgpu.layout_cast(jnp.full(shape, x, jnp.float32), hopper.WGMMA)
@@ -280,7 +271,7 @@ class _Body:
 
         def scores(refs: list[Any]) -> jax.Array:
             def scope(acc: Any) -> jax.Array:
-                for a, piece, column in k.operands(refs, lookups[k.plan], interpret):
+                for a, piece, column in k.operands(refs, interpret):
                     own = scratch["q"].at[piece, :, pl.ds(column, 64)]
                     hopper.mma(acc, a, own.T, staged)
                 plgpu.wgmma_wait(0)
@@ -324,8 +315,7 @@ class _Body:
                 plgpu.commit_smem()
 
             def scope(*accs: Any) -> list[jax.Array]:
-                made = v.operands(refs, scales, lookups[v.plan], interpret)
-                for acc, a in zip(accs, made):
+                for acc, a in zip(accs, v.operands(refs, scales, interpret)):
                     hopper.mma(acc, a, scratch["weights"].at[wg].T, staged)
                 plgpu.wgmma_wait(0)
                 return [acc[...] for acc in accs]

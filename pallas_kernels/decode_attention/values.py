@@ -45,11 +45,9 @@ class Values(TokenRows):
         """The tile's tables as `operands` wants them; a barrier comes before that."""
         hopper.spread_scales(to, refs[1:], self.plan, self.groups, interpret)
 
-    def operands(
-        self, refs: list[Any], scales: Any, lookup: Any, interpret: bool
-    ) -> list[jax.Array]:
+    def operands(self, refs: list[Any], scales: Any, interpret: bool) -> list[jax.Array]:
         """``f16[64 elements, 64 tokens]`` for each 64 elements."""
         return hopper.expand_transposed(
             refs[0], scales, self.plan,
-            group=self.group, row_bytes=self.row_bytes, interpret=interpret, lookup=lookup,
+            group=self.group, row_bytes=self.row_bytes, interpret=interpret,
         )  # fmt: skip

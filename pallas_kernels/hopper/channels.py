@@ -18,7 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from . import asm
-from .fragments import Plan, given, level_of
+from .fragments import Plan, level_of
 from .halves import halves_of
 from .layout import ROWS, WGMMA
 from .transposed import load_matrices
@@ -40,7 +40,6 @@ def expand_channels(
     tokens: int,
     width: int,
     interpret: bool,
-    lookup: Any = None,
 ) -> jax.Array:
     """64 tokens and 64 channels as an A operand ``f16[64, 64]``.
 
@@ -49,7 +48,6 @@ def expand_channels(
       tables: of the plan, each flat ``f16[64 / tokens, width]``.
       chunk: which 64 channels.
       tokens: of a block, 32 or 64.
-      lookup: the table of `lookup_scratch`, filled, where the plan has one.
 
     Returns:
       Row ``16 w + g + 8 r`` is token ``16 w + 2 g + r``; columns are as `permute_channels` has them.
@@ -57,20 +55,20 @@ def expand_channels(
     if interpret:
         plain = [t[...].reshape(-1, width) for t in tables]
         return _plain(codes[...].reshape(ROWS // tokens, width, -1), plain, chunk, plan)
-    row_bytes, levels = tokens * plan.bits // 8, given(lookup)
+    row_bytes = tokens * plan.bits // 8
 
     @asm.inline(
-        arg_types=(plgpu.RefType(), *[[plgpu.RefType()] * n for n in (len(tables), len(levels))]),
+        arg_types=(plgpu.RefType(), [plgpu.RefType()] * len(tables)),
         return_type=plgpu.ShapeDtypeStruct((ROWS, ROWS), jnp.float16, layout=WGMMA),
     )
-    def run(ctx, codes, tables, levels):
-        halves, (warp, _, q) = halves_of(plan, *levels), asm.lanes()
+    def run(ctx, codes, tables):
+        halves, (warp, _, q) = halves_of(plan), asm.lanes()
         block = arith.shrui(warp, asm.const(1)) if tokens == 32 else asm.const(0)
         load = _load_narrow if row_bytes == 8 else _load
         words, piece = load(
             codes, arith.muli(block, asm.const(width)), warp, chunk, tokens, row_bytes
         )
-        fields = halves.fields([piece])
+        field = halves.field(piece)
         registers = np.empty((8, 2), dtype=object)
         for m in range(4):
             channel = arith.addi(arith.muli(q, asm.const(4)), asm.const(64 * chunk + 16 * m))
@@ -79,12 +77,13 @@ def expand_channels(
             for b in range(2):
                 scale, *second = (pairs[b] for pairs in found)
                 rest = halves.rest(scale, *second) if second else None
-                (found_levels,) = halves.levels(words[2 * m + b], fields)
-                for r, level in enumerate(found_levels):
+                scale = halves.scale(scale)
+                for r, word in enumerate(halves.places(words[2 * m + b])):
+                    level = halves.level(word, field)
                     registers[2 * m + b, r] = halves.scaled(level, scale, rest)
         return asm.array(registers, WGMMA, (ROWS, ROWS))
 
-    return run(codes, tables, levels)
+    return run(codes, tables)
 
 
 def _load(

@@ -26,7 +26,8 @@ from ..codecs.nf4 import LEVELS, NF4
 from ..codecs.packing import PLANES
 from . import asm
 from .layout import ROW, ROWS, WGMMA, tiled
-from .lookup import levels_of
+from .lookup import look_up, own_copy
+from .polynomial import odd_polynomial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +50,12 @@ class Plan:
     Attributes:
       streams: how many.
       fields: for each piece the fields of its codes.
-      kind: "int", "levels" or "float".
+      kind: "int", "levels", "odd" (levels that mirror each other) or "float".
       bits: of a code.
       middle: what is subtracted from a code where there is no table of zeros.
       tables: the parts beside the codes, in order.
       mantissa: bits, of a float.
-      levels: in order, where the kind is "levels".
+      levels: in order, where the kind is "levels" or "odd".
     """
 
     streams: int
@@ -85,9 +86,9 @@ def plan_of(codec: Codec) -> Plan:
     if isinstance(codec, Int) and codec.bits > 1:
         tables = ("scale",) if codec.symmetric else ("scale", "zero")
         return Plan(*_planes(codec.bits), "int", codec.bits, int(codec.middle), tables)
-    if isinstance(codec, LloydMax) and codec.bits in (2, 4):
+    if isinstance(codec, LloydMax) and codec.bits > 1:
         levels = tuple(map(float, codec.levels))
-        return Plan(*_planes(codec.bits), "levels", codec.bits, 0, ("scale", "mean"), levels=levels)
+        return Plan(*_planes(codec.bits), "odd", codec.bits, 0, ("scale", "mean"), levels=levels)
     if isinstance(codec, NF4):
         return Plan(*_planes(4), "levels", 4, levels=tuple(map(float, LEVELS)))
     if isinstance(codec, Fp8):
@@ -176,7 +177,7 @@ def expand(
         return _expanded([ref[...] for ref in codes], half, terms, plan, dtype, pieces)
     flat, tree = jax.tree.flatten(list(map(tuple, terms)))
     layouts = [ROW if t.ndim == 1 else WGMMA for t in flat]
-    ref, levels = plgpu.RefType(tiled(jnp.uint8, row_bytes)), given(lookup)
+    ref, levels = plgpu.RefType(tiled(jnp.uint8, row_bytes)), _given(lookup)
 
     @asm.inline(
         arg_types=([ref] * plan.streams, layouts, [plgpu.RefType()] * len(levels)),
@@ -193,7 +194,7 @@ def expand(
     return run(list(codes), flat, levels)
 
 
-def given(lookup: Any) -> list[Any]:
+def _given(lookup: Any) -> list[Any]:
     """As operands."""
     return [] if lookup is None else [lookup]
 
@@ -267,7 +268,7 @@ def expand_in_order(
     if interpret:
         return _in_order(words, piece, terms, plan, jnp.dtype(dtype))
     flat, tree = jax.tree.flatten(list(map(tuple, terms)))
-    levels = given(lookup)
+    levels = _given(lookup)
 
     @asm.inline(
         arg_types=([WGMMA] * plan.streams, [ROW] * len(flat), [plgpu.RefType()] * len(levels)),
@@ -387,6 +388,21 @@ class _Ints(_Maker):
         return self.fma(self.sub(pair, base), scale, rest)
 
 
+class _Odd(_Maker):
+    """Levels that mirror each other, as `halves` makes them."""
+
+    def pair(self, words: list[Any], fields: tuple[Field, ...], o: int) -> Any:
+        down, coefficients = odd_polynomial(self.plan.levels)
+        code = self.sub(self.code(words, fields, o, self.magic), self.magic)
+        middle = (2**self.plan.bits - 1) / 2
+        u = self.fma(code, self.constant(2.0**-down), self.constant(-middle / 2**down))
+        *rest, value = map(self.constant, coefficients)
+        square = self.mul(u, u)
+        for c in reversed(rest):
+            value = self.fma(value, square, c)
+        return self.mul(u, value)
+
+
 class _Floats(_Maker):
     """8-bit floats: their bits moved to the places of a wider float's, and the exponent's bias made up for."""
 
@@ -404,17 +420,21 @@ class _Floats(_Maker):
 
 
 class _Levels(_Maker):
-    """Levels that are looked up."""
+    """16 levels, looked up for two codes at once."""
 
     def __init__(self, plan: Plan, dtype: Any, lookup: Any):
         super().__init__(plan, dtype)
-        self.table = levels_of(plan, lookup)
+        self.own = own_copy(lookup)
 
-    def pairs(self, words: list[Any]) -> list[list[Any]]:
-        return self.table.levels(words[0], self.table.fields(range(self.plan.pieces)))
+    def pair(self, words: list[Any], fields: tuple[Field, ...], o: int) -> Any:
+        (field,) = fields
+        up = words[field.stream]
+        if field.shift == 0:
+            up = arith.shli(up, asm.const(4))
+        return look_up(self.own, arith.andi(up, asm.const(asm.both(0xF0F0))), o)
 
 
-MAKERS = {"int": _Ints, "float": _Floats, "levels": _Levels}
+MAKERS = {"int": _Ints, "odd": _Odd, "float": _Floats, "levels": _Levels}
 
 
 def _expanded(
@@ -471,7 +491,7 @@ def _values(
 
 
 def level_of(code: jax.Array, plan: Plan) -> jax.Array:
-    if plan.kind == "levels":
+    if plan.kind in ("levels", "odd"):
         hot = (code[..., None] == jnp.arange(len(plan.levels))).astype(jnp.float32)
         return sum(hot[..., i] * v for i, v in enumerate(plan.levels))  # pyright: ignore
     if plan.kind == "float":

@@ -18,20 +18,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from . import asm
-from .fragments import Plan, given, level_of
+from .fragments import Plan, level_of
 from .halves import halves_of
 from .layout import ROWS, WGMMA, tiled
 
 
 def expand_transposed(
-    codes: Any,
-    scales: Any,
-    plan: Plan,
-    *,
-    group: int,
-    row_bytes: int,
-    interpret: bool,
-    lookup: Any = None,
+    codes: Any, scales: Any, plan: Plan, *, group: int, row_bytes: int, interpret: bool
 ) -> list[jax.Array]:
     """A tile of 64 tokens as A operands ``f16[64, 64]``, one for each 64 elements of a row, in their order.
 
@@ -39,7 +32,6 @@ def expand_transposed(
       codes: ``uint8[64, row_bytes]`` in shared memory, `tiled`; flat where rows are less than 64 bytes.
       scales: from `spread_scales`.
       group: elements that a scale covers.
-      lookup: the table of `lookup_scratch`, filled, where the plan has one.
 
     Returns:
       Row ``16 w + g + 8 r`` is element ``16 w + 2 g + r`` of the 64.
@@ -49,35 +41,31 @@ def expand_transposed(
         return _plain(codes[...].reshape(ROWS, -1), scales[...], plan, group, tiles)
     at_once = max(1, 64 // row_bytes)  # pieces of a row in one operand
     ref = plgpu.RefType(tiled(jnp.uint8, row_bytes)) if at_once == 1 else plgpu.RefType()
-    levels = given(lookup)
 
     @asm.inline(
-        arg_types=(ref, plgpu.RefType(), [plgpu.RefType()] * len(levels)),
+        arg_types=(ref, plgpu.RefType()),
         return_type=[plgpu.ShapeDtypeStruct((ROWS, ROWS), jnp.float16, layout=WGMMA)] * tiles,
     )
-    def run(ctx, codes, scales, levels):
-        halves, (warp, _, q) = halves_of(plan, *levels), asm.lanes()
-        base, out = asm.pointer(scales), [np.empty((8, 2), dtype=object) for _ in range(tiles)]
-        pieces = list(range(0, plan.pieces, at_once))
-        fields = halves.fields([p if at_once == 1 else _piece(warp, p, at_once) for p in pieces])
+    def run(ctx, codes, scales):
+        halves, (warp, _, q) = halves_of(plan), asm.lanes()
+        base, out = asm.pointer(scales), {}
         for chunk in range(max(1, row_bytes // 64)):
-            words = _load_transposed(codes, chunk, row_bytes)
-            of_pieces = [(p * row_bytes + 64 * chunk) // 64 for p in pieces]
-            groups = [_group(warp, tile, group) for tile in of_pieces]
-            for octet in range(8):
-                made = halves.levels(words[octet], fields)
-                for tile, own, both in zip(of_pieces, groups, made):
+            words = list(map(halves.places, _load_transposed(codes, chunk, row_bytes)))
+            for p in range(0, plan.pieces, at_once):
+                tile = (p * row_bytes + 64 * chunk) // 64
+                element = arith.addi(arith.muli(warp, asm.const(16)), asm.const(64 * tile))
+                own = arith.divui(element, asm.const(group))
+                field = halves.field(p if at_once == 1 else _piece(warp, p, at_once))
+                registers = np.empty((8, 2), dtype=object)
+                for octet in range(8):
                     terms = _terms(base, own, octet, q, plan.terms)
-                    out[tile][octet] = [halves.scaled(level, *terms) for level in both]
-        return [asm.array(registers, WGMMA, (ROWS, ROWS)) for registers in out]
+                    for r in range(2):
+                        level = halves.level(words[octet][r], field)
+                        registers[octet, r] = halves.scaled(level, *terms)
+                out[tile] = asm.array(registers, WGMMA, (ROWS, ROWS))
+        return [out[tile] for tile in range(tiles)]
 
-    return run(codes, scales, levels)
-
-
-def _group(warp: Any, tile: int, group: int) -> Any:
-    """Whose scale a warp's elements of a tile have."""
-    element = arith.addi(arith.muli(warp, asm.const(16)), asm.const(64 * tile))
-    return arith.divui(element, asm.const(group))
+    return run(codes, scales)
 
 
 def _piece(warp: Any, first: int, at_once: int) -> Any:
@@ -183,6 +171,7 @@ def spread_scales(to: Any, tables: Any, plan: Plan, groups: int, interpret: bool
                 )
             if len(terms) == 2:
                 terms[1] = halves.rest(*terms)
+            terms[0] = halves.scale(terms[0])
             place = arith.addi(arith.muli(group, asm.const(32)), pair)
             place = arith.muli(place, asm.const(2 * len(terms)))
             kind = ir.VectorType.get((len(terms),), asm.i32())
