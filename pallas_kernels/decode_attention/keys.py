@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import hopper
 from ..codecs import PerChannel, PerToken
@@ -49,21 +50,28 @@ def refusal(rows: Rows) -> str:
 class TokenKeys(TokenRows):
     """Keys in rows."""
 
-    paired = False  # whether rows of an operand are in the order of `expand_channels`
+    runs = 0  # see `hopper.softmax`
 
     @property
     def pieces(self) -> int:
         """Parts of q, each with columns of its own."""
         return self.plan.pieces
 
-    def query(self, x: jax.Array) -> jax.Array:
-        """``[R, W, H]`` in the order of the operands' columns: ``[R * pieces, W, H / pieces]``."""
-        rows, width, _ = x.shape
-        x = x.reshape(rows, width, self.pieces, -1).swapaxes(1, 2)
-        return hopper.permute_columns(x).reshape(rows * self.pieces, width, -1)
+    @property
+    def order(self) -> np.ndarray:
+        """Of 64 columns of q in an operand's: which comes where."""
+        with jax.ensure_compile_time_eval():
+            return np.asarray(hopper.permute_columns(jnp.arange(64)))
 
-    def operands(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
-        """Operands ``f16[64, 64]`` of the tile in `refs`, each with the piece and the column of q that it meets."""
+    def operands(
+        self, refs: list[Any], tiles: int, interpret: bool
+    ) -> Iterator[tuple[int, jax.Array, int, int]]:
+        """Operands ``f16[64, 64]`` of a step: of which tile, and the piece and the column of q that it meets."""
+        for t in range(tiles):
+            for found in self._of_tile([hopper.tile_of(ref, t, tiles) for ref in refs], interpret):
+                yield t, *found
+
+    def _of_tile(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
         codes, *tables = refs
         piece = self.width // self.pieces
         whole = hopper.is_whole(self.group, piece, self.row_bytes, self.groups)
@@ -95,7 +103,7 @@ class ChannelKeys:
     tokens: int
     width: int
 
-    paired, pieces = True, 1
+    pieces = 1
 
     @classmethod
     def refusal(cls, rows: Rows) -> str:
@@ -109,8 +117,10 @@ class ChannelKeys:
             return f"{codec.name}: scales are not float16"
         return f"{rows.width} channels are no multiple of 64" if rows.width % 64 else ""
 
-    def query(self, x: jax.Array) -> jax.Array:
-        return hopper.permute_channels(x)
+    @property
+    def order(self) -> np.ndarray:
+        with jax.ensure_compile_time_eval():
+            return np.asarray(hopper.permute_channels(jnp.arange(64)))
 
     def arrays(self, rows: Rows) -> list[jax.Array]:
         """All flat."""
@@ -121,11 +131,14 @@ class ChannelKeys:
         codes: Slot = (blocks * self.tokens * self.plan.bits // 8,), jnp.uint8, ()
         return [codes, *(((blocks,), x.dtype, ()) for x in arrays[1:])]
 
-    def operands(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
+    def operands(
+        self, refs: list[Any], tiles: int, interpret: bool
+    ) -> Iterator[tuple[int, jax.Array, int, int]]:
         codes, *tables = refs
         for chunk in range(self.width // 64):
             made = hopper.expand_channels(
                 codes, tables, chunk, self.plan,
-                tokens=self.tokens, width=self.width, interpret=interpret,
+                tiles=tiles, tokens=self.tokens, width=self.width, interpret=interpret,
             )  # fmt: skip
-            yield made, 0, 64 * chunk
+            for t, a in enumerate(made):
+                yield t, a, 0, 64 * chunk

@@ -1,18 +1,23 @@
 """Decode attention on Hopper over packed rows.
 
-A block takes one head of the cache and a part of its tokens; its warpgroups take tiles of 64 tokens in turn. Scores
-are ``keys @ q.T`` with the keys as the register operand (`keys.py`), so a column is a query head, and the heads that
+A block takes one head of the cache and a part of its tokens; its warpgroups take steps of one or two tiles of 64 tokens
+in turn. Scores are ``keys @ q.T`` with the keys as the register operand (`keys.py`), so a column is a query head, and the heads that
 share a cache are read for once. Weights go through shared memory, and ``values.T @ weights`` has the values as the
 register operand, transposed on the way in (`values.py`). Both multiply float16, in which tables are stored: its digits
 are more than bfloat16's, and packed rows do not need the range. Blocks give a partial output and the logarithm of its
 denominator; another kernel joins them, with the attention to rows that are kept in full (`join.py`).
+
+A step is a chain of loads, products and barriers, each of which waits for the one before. Two tiles make one chain for
+twice the tokens, and codes are decoded where it would wait.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +35,8 @@ from .joined import LOG2E, NEVER
 from .reference import by_head, by_row
 from .rows import FullRows, Rows, heads_of
 
-LARGEST = 65504.0  # of float16
+START = 2  # steps that a block's start and end take as long as
+RING_BYTES = 220 * 2**10  # of a multiprocessor's shared memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +45,16 @@ class Config:
 
     Attributes:
       warpgroups: of a block; each has a ring of its own.
-      stages: tiles in flight.
-      blocks: at least so many, where there are tokens enough; half as many more where heads have lengths of their own,
-        so that blocks of short heads make room for those of long ones.
+      stages: steps in flight.
+      blocks: that run at once; half as many more where heads have lengths of their own, so that blocks of short heads
+        make room for those of long ones.
+      tiles: of a step, 1 or 2; None for what registers and shared memory have room for.
     """
 
     warpgroups: int = 2
     stages: int = 2
     blocks: int = 264
+    tiles: int | None = None
 
 
 def refusal(q: Any, keys: Rows, values: Rows, heads: int) -> str:
@@ -80,56 +88,64 @@ def decode_attention(
     """See `decode_attention`."""
     b, n, h = q.shape
     heads, tokens = heads_of(keys, lengths, seen, full), keys.tokens
-    group = n // heads
     k, v = of_keys.keys_of(keys), of_values.Values.of(values)
-    x = q.astype(jnp.float32)
-    x = joined.turned(x) if getattr(keys.codec, "rotate", False) else x
-    x = x.reshape(b * heads, group, h) * (scale * (1 if soft_cap else LOG2E))
-    width = -(-group // 8) * 8
-    x = jnp.pad(x, ((0, 0), (0, width - group), (0, 0)))
-    x = k.query(jnp.clip(x, -LARGEST, LARGEST).astype(jnp.float16))
-    words = _words(seen, hidden, tokens)
+    x = joined.turned(q.astype(jnp.float32)) if getattr(keys.codec, "rotate", False) else q
     config = config or Config()
     if lengths.ndim == 2:
         config = dataclasses.replace(config, blocks=config.blocks * 3 // 2)
+    lengths, words = by_row(lengths).astype(jnp.int32), _words(seen, hidden, tokens)
+    span = None if seen is None else _span(by_head(seen))
     problem = _Problem(
-        config, k, v, heads, heads // keys.heads, tokens, group, width, soft_cap,
-        0 if words is None else words.shape[1], weights, interpret,
+        config, k, v, heads, heads // keys.heads, tokens, n // heads, scale, soft_cap, window, weights, interpret
     )  # fmt: skip
-    first, stop = _bounds(lengths, tokens, window, seen)
-    bounds = jnp.stack(jnp.broadcast_arrays(first, stop), axis=-1)
-    bounds = jnp.broadcast_to(bounds, (b, heads, 2)).reshape(-1, 2)
-    masks = [] if words is None else [words.reshape(-1, words.shape[2])]
-    found = problem(x, bounds, masks, k.arrays(keys), v.arrays(values))
+    own = _OfHeads(lengths, span, words)
+    found = problem(x.reshape(-1, h), own, k.arrays(keys), v.arrays(values))
     outs, logs, *scores = (t.reshape(b, heads, *t.shape[1:]) for t in found)
     form = {"scale": scale, "soft_cap": soft_cap, "weights": weights}
     rotated = bool(getattr(values.codec, "rotate", False))
     out, total, *others = JOIN(((outs, logs), q, tuple(full)), **form, rotated=rotated)
     if not weights:
         return out, total
-    own = joined.weights_of(joined.scores_within(scores[0], first, stop), total)
-    return out, total, (own, *others[0])
+    bounds = _bounds(
+        lengths, None if span is None else (span[..., 0], span[..., 1]), tokens, window
+    )
+    found = joined.weights_of(joined.scores_within(scores[0], *bounds), total)
+    return out, total, (found, *others[0])
 
 
-def _bounds(
-    lengths: jax.Array, tokens: int, window: int | None, seen: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """The first token that is seen and the end of those: ``int32[B, 1 or K]``."""
-    stop = jnp.clip(by_row(lengths).astype(jnp.int32), 0, tokens)
-    first = jnp.zeros_like(stop) if window is None else jnp.maximum(stop - window, 0)
-    if seen is None:
-        return first, stop
+class _OfHeads(NamedTuple):
+    """What rows of the batch, or their heads, have of their own; the first axes are ``[B, 1 or K]``.
+
+    Attributes:
+      lengths: ``int32[B, 1 or K]``.
+      span: the first token that is seen and the end of those, ``int32[B, 1 or K, 2]``; None for all.
+      words: masks as bits, ``int32[B, 1 or K, S / 32]``, the first token lowest; None for none.
+    """
+
+    lengths: jax.Array
+    span: jax.Array | None
+    words: jax.Array | None
+
+
+def _span(seen: jax.Array) -> jax.Array:
+    tokens = seen.shape[-1]
     at = jnp.arange(tokens, dtype=jnp.int32)
-    both = jnp.where(by_head(seen), jnp.stack([at + 1, tokens - at])[:, None, None], 0)
+    both = jnp.where(seen, jnp.stack([at + 1, tokens - at])[:, None, None], 0)
     last, behind = both.max(-1)  # one pass for both
-    return jnp.maximum(first, tokens - behind), jnp.minimum(stop, last)
+    return jnp.stack([tokens - behind, last], axis=-1)
+
+
+def _bounds(length: Any, span: Any, tokens: int, window: int | None) -> tuple[Any, Any]:
+    """The first token that is attended to and the end of those, of scalars or arrays."""
+    stop = jnp.minimum(jnp.maximum(length, 0), tokens)
+    first = jnp.zeros_like(stop) if window is None else jnp.maximum(stop - window, 0)
+    if span is None:
+        return first, stop
+    return jnp.maximum(first, span[0]), jnp.minimum(stop, span[1])
 
 
 def _words(seen: jax.Array | None, hidden: jax.Array | None, tokens: int) -> jax.Array | None:
-    """Masks as bits: ``int32[B, 1 or K, S / 32]``, the first token lowest. None for none.
-
-    Those of `seen` are made apart: XLA makes them once for all layers that have them in common.
-    """
+    """See `_OfHeads`. Those of `seen` are made apart: XLA makes them once for all layers that have them in common."""
     words = None
     if seen is not None:
         bits = by_head(seen).reshape(*by_head(seen).shape[:2], tokens // 32, 32).astype(jnp.uint32)
@@ -151,8 +167,7 @@ class _Problem:
     Attributes:
       heads: of the cache.
       share: heads that have one head's packed rows in common.
-      group, width: query heads of a head of the cache, and columns for them.
-      masks: heads that masks are for; 0 for no masks.
+      group: query heads of a head of the cache.
       weights: scores are a result.
     """
 
@@ -163,57 +178,70 @@ class _Problem:
     share: int
     tokens: int
     group: int
-    width: int
+    scale: float
     soft_cap: float | None
-    masks: int
+    window: int | None
     weights: bool
     interpret: bool
 
-    def parts(self, rows: int) -> int:
-        """Blocks that share the tokens of a head, where there are `rows` heads."""
-        tiles = self.tokens // ROWS
-        wanted = -(-self.config.blocks // rows)
-        return max(1, min(wanted, tiles // self.config.warpgroups))
+    @property
+    def width(self) -> int:
+        """Columns for the query heads of a head of the cache."""
+        return -(-self.group // 8) * 8
+
+    def tiles(self, tile_bytes: int) -> int:
+        """Of a step."""
+        c = self.config
+        fits = 2 * c.warpgroups * c.stages * tile_bytes * max(1, 4 // c.warpgroups) <= RING_BYTES
+        many = fits and self.width <= 16 and self.values.tiles <= 2
+        return min(c.tiles or (2 if many else 1), self.tokens // ROWS)
+
+    def parts(self, rows: int, tiles: int) -> int:
+        """Blocks that share the tokens of a head, where there are `rows` heads and so many tiles in a step.
+
+        Blocks beyond those that run at once wait for a whole block to end.
+        """
+        c, steps = self.config, self.tokens // ROWS // tiles
+
+        def cost(parts: int) -> int:
+            return -(-rows * parts // c.blocks) * (-(-steps // (parts * c.warpgroups)) + START)
+
+        return min(range(1, max(1, steps // c.warpgroups) + 1), key=cost)
 
     def __call__(
-        self,
-        q: jax.Array,
-        bounds: jax.Array,
-        masks: list[jax.Array],
-        keys: list[jax.Array],
-        values: list[jax.Array],
+        self, q: jax.Array, own: _OfHeads, keys: list[jax.Array], values: list[jax.Array]
     ) -> tuple[jax.Array, ...]:
-        """Parts ``f32[B K, P, G, H]`` and the logarithms of their denominators; scores ``f32[B K, G, S]``."""
-        c, rows = self.config, bounds.shape[0]
-        parts = self.parts(rows)
-        wg, ring = c.warpgroups, (c.warpgroups, c.stages)
-        tiles = lambda slots: [
-            plgpu.SMEM((*ring, *shape), dtype, transforms=transforms)
-            for shape, dtype, transforms in slots
-        ]
+        """Of ``[B N, H]`` parts ``f32[B K, P, G, H]`` and the logarithms of their denominators; scores ``f32[B K, G, S]``."""
+        c, rows = self.config, q.shape[0] // self.group
+        slots = [*self.keys.slots(keys), *self.values.slots(values)]
+        tiles = self.tiles(sum(math.prod(s) * jnp.dtype(t).itemsize for s, t, _ in slots))
+        parts, wg, h = self.parts(rows, tiles), c.warpgroups, self.values.width
         f16, pieces = jnp.float16, self.keys.pieces
-        columns = self.values.width // pieces
         scratch: dict[str, Any] = {
-            "q": plgpu.SMEM((pieces, self.width, columns), f16, transforms=hopper.tiled(f16)),
-            "keys": tiles(self.keys.slots(keys)),
-            "values": tiles(self.values.slots(values)),
-            "weights": plgpu.SMEM((wg, self.width, ROWS), f16, transforms=hopper.tiled(f16)),
-            "scales": plgpu.SMEM((wg, self.values.spread), f16),
+            "queries": plgpu.SMEM(
+                (pieces, self.width, h // pieces), f16, transforms=hopper.tiled(f16)
+            ),
+            "ring": [
+                plgpu.SMEM((wg, c.stages, tiles * n, *rest), dtype, transforms=transforms)
+                for (n, *rest), dtype, transforms in slots
+            ],
+            "weights": plgpu.SMEM((wg, tiles, self.width, ROWS), f16, transforms=hopper.tiled(f16)),
+            "scales": plgpu.SMEM((wg, tiles, self.values.spread), f16),
             "warps": plgpu.SMEM((wg, 4, self.width), jnp.float32),
-            "full": hopper.ring_barriers(len(keys + values), wg, c.stages, self.interpret),
+            "full": hopper.ring_barriers(len(slots), wg, c.stages, self.interpret),
             "ready": plgpu.Barrier(num_arrivals=1),
         }
+        if wg > 1:
+            words = hopper.words(self.width, self.values.tiles)
+            scratch["sums"] = plgpu.SMEM((wg - 1, words), jnp.float32)
+            scratch["summed"] = plgpu.Barrier(num_arrivals=wg - 1)
         if self.interpret:
             scratch["staged"] = plgpu.SMEM((wg, ROWS, ROWS), f16)
         f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-        n, h = parts * wg, self.values.width
+        n = rows * parts * self.group
         kernel = plgpu.kernel(
-            _Body(self, parts, len(masks)),
-            out_type=[
-                f32(rows * n * self.group, h),
-                f32(rows * n * self.group, 1),
-                *[f32(rows * self.group, self.tokens)] * self.weights,
-            ],
+            _Body(self, rows, parts, tiles, len(keys)),
+            out_type=[f32(n, h), f32(n), *[f32(rows * self.group, self.tokens)] * self.weights],
             grid=(rows, parts),
             grid_names=("head", "part"),
             num_threads=wg,
@@ -224,118 +252,167 @@ class _Problem:
             ),
             interpret=plgpu.InterpretGPUParams() if self.interpret else None,
         )  # fmt: skip
-        x, logs, *scores = kernel(q, bounds, *masks, *keys, *values)
-        parts = x.reshape(rows, n, self.group, h), logs.reshape(rows, n, self.group)
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), own)
+        x, logs, *scores = kernel(q, flat, [*keys, *values])
+        parts = x.reshape(rows, parts, self.group, h), logs.reshape(rows, parts, self.group)
         return *parts, *(s.reshape(rows, self.group, self.tokens) for s in scores)
 
 
 class _Body:
     """The kernel's body, for one warpgroup."""
 
-    def __init__(self, problem: _Problem, parts: int, masks: int):
-        self.problem, self.parts, self.masks = problem, parts, masks
+    def __init__(self, problem: _Problem, rows: int, parts: int, tiles: int, n_keys: int):
+        self.problem, self.rows, self.parts, self.tiles = problem, rows, parts, tiles
+        self.n_keys = n_keys
 
-    def __call__(self, *refs: Any, **scratch: Any) -> None:
+    def __call__(
+        self, q: Any, of_heads: _OfHeads, arrays: list[Any], *refs: Any, **scratch: Any
+    ) -> None:
+        out, logs, *score_outs = refs
         p, c, interpret = self.problem, self.problem.config, self.problem.interpret
-        q, bounds, *arrays = refs
-        score_outs = [arrays.pop() for _ in range(p.weights)]
-        *arrays, out, logs = arrays
-        masks, arrays = arrays[: self.masks], arrays[self.masks :]
         wg, head, part = (lax.axis_index(a) for a in ("wg", "head", "part"))
-        k, v = p.keys, p.values
-        low, high = bounds[head, 0], bounds[head, 1]
-        first, last = lax.div(low, ROWS), lax.div(high + ROWS - 1, ROWS)
-        share = lax.div(last - first + self.parts - 1, self.parts)
-        start = first + part * share  # tiles of this block
-        stop = jnp.minimum(start + share, last)
+        k, v, tiles = p.keys, p.values, self.tiles
+        low, high = self.bounds(of_heads, head)
+        first = lax.div(low, ROWS)
+        steps = lax.div(lax.div(high + ROWS - 1, ROWS) - first + tiles - 1, tiles)
+        share = lax.div(steps + self.parts - 1, self.parts)
+        start = part * share  # steps of this block
+        stop = jnp.minimum(start + share, steps)
         mine = jnp.maximum(0, lax.div(stop - start - wg + c.warpgroups - 1, c.warpgroups))
-        tile = lambda i: start + wg + i * c.warpgroups
+        begin = lambda i: first + (start + wg + i * c.warpgroups) * tiles
+        # the last step may begin earlier, so as not to read behind the rows; it hides what the one before has seen
+        tile = lambda i: jnp.minimum(begin(i), p.tokens // ROWS - tiles)
 
-        @pl.when(wg == 0)
-        def _() -> None:
-            pieces = pl.ds(head * k.pieces, k.pieces)
-            plgpu.copy_gmem_to_smem(q.at[pieces], scratch["q"], scratch["ready"])
-
-        slots, n_keys = [*scratch["keys"], *scratch["values"]], len(scratch["keys"])
-        ring = hopper.Ring(slots, scratch["full"], wg, c.stages, interpret)
+        ring = hopper.Ring(scratch["ring"], scratch["full"], wg, c.stages, interpret, tiles)
         stored = lax.div(head, p.share) * (p.tokens // ROWS)
         fetch = lambda i: ring.fetch(i, arrays, stored + tile(i), i < mine)
         ring.start()
-        for i in range(c.stages):
-            fetch(jnp.int32(i))
+        fetch(
+            jnp.int32(0)
+        )  # the first steps of all before any second one: what is first asked for comes first
+
+        @pl.when(wg == 0)
+        def _() -> None:
+            scale = p.scale * (1 if p.soft_cap else LOG2E)
+            hopper.stage_rows(
+                scratch["queries"], q, head * p.group, p.group, k.order, scale, interpret
+            )
+            if not interpret:
+                plgpu.commit_smem()
+            plgpu.barrier_arrive(scratch["ready"])
+
         plgpu.barrier_wait(scratch["ready"])
+        for i in range(1, c.stages):
+            fetch(jnp.int32(i))
         shape = (ROWS, p.width)
-        constant = lambda x: plgpu.layout_cast(jnp.full(shape, x, jnp.float32), hopper.WGMMA)
-
+        products = lambda n: [plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * n
         staged = scratch["staged"].at[wg] if interpret else None
+        warps, weights = scratch["warps"].at[wg], scratch["weights"].at[wg]
+        runs = tiles if isinstance(k, of_keys.ChannelKeys) else 0
+        of_values = lambda refs, t: [hopper.tile_of(ref, t, tiles) for ref in refs[self.n_keys :]]
+        scales = lambda t: scratch["scales"].at[wg, t]
 
-        def scores(refs: list[Any]) -> jax.Array:
-            def scope(acc: Any) -> jax.Array:
-                for a, piece, column in k.operands(refs, interpret):
-                    own = scratch["q"].at[piece, :, pl.ds(column, 64)]
-                    hopper.mma(acc, a, own.T, staged)
+        def scores(refs: list[Any]) -> list[jax.Array]:
+            def scope(*accs: Any) -> list[jax.Array]:
+                for t, a, piece, column in k.operands(refs[: self.n_keys], tiles, interpret):
+                    own = scratch["queries"].at[piece, :, pl.ds(column, 64)]
+                    hopper.mma(accs[t], a, own.T, staged)
+                for t in range(tiles):
+                    v.stage(of_values(refs, t), scales(t), interpret)
                 plgpu.wgmma_wait(0)
-                return acc[...]
+                return [acc[...] for acc in accs]
 
-            return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+            found = pl.run_scoped(scope, *products(tiles))
+            if (cap := p.soft_cap) is not None:
+                found = [(cap * LOG2E) * jnp.tanh(x * (1 / cap)) for x in found]
+            return found
 
-        def weights(i: Any, refs: list[Any], top: jax.Array) -> tuple[jax.Array, ...]:
-            x = scores(refs)
-            if p.soft_cap is not None:
-                x = (p.soft_cap * LOG2E) * jnp.tanh(x * (1 / p.soft_cap))
-            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=hopper.WGMMA)
-            row = (row & 48) + 2 * (row & 7) + ((row >> 3) & 1) if k.paired else row
-            token = tile(i) * ROWS + row
-            inside = (token >= low) & (token < high)
-            for mask in masks:
-                of = head if p.masks == p.heads else lax.div(head, p.heads)
-                words = [mask[of, 2 * tile(i) + half] for half in range(2)]
-                word = jnp.where(row < 32, words[0], words[1])
-                inside &= ((word >> (row & 31)) & 1) != 0
-            x = jnp.where(inside, x, NEVER)
-            found = hopper.over_rows("max", x, scratch["warps"].at[wg], interpret)
-            for ref in score_outs:
-                hopper.store_transposed(
-                    ref, x, head * p.group, tile(i) * ROWS, head * p.group + p.group, interpret,
-                    paired=k.paired, rows=p.group,
-                )  # fmt: skip
-            best = jnp.maximum(top, found)
-            y = jnp.exp2(x - best).astype(jnp.float16).astype(jnp.float32)
-            return best, jnp.exp2(top - best), y
+        def shown(i: Any, x: list[jax.Array]) -> list[jax.Array]:
+            cut = functools.partial(
+                hopper.hide, first=tile(i) * ROWS, high=high, never=NEVER, runs=runs, interpret=interpret
+            )  # fmt: skip
+            if (words := of_heads.words) is not None:
+                x = hopper.hide_unset(
+                    x, words, self.own(words, head), tile(i), NEVER, runs, interpret
+                )
+            if not p.weights:
+                return cut(x, low=jnp.maximum(low, begin(i) * ROWS))
+            x = cut(x, low=low)
+            hopper.store_scores(
+                score_outs[0], x, head * p.group, tile(i) * ROWS, p.group, runs, interpret
+            )
+            return cut(x, low=begin(i) * ROWS)
 
         def step(i: Any, carry: Any) -> Any:
             top, total, outs = carry
             ring.wait(i)
-            refs, scales = ring.tile(i), scratch["scales"].at[wg]
-            best, old, y = weights(i, refs[:n_keys], top)
-            refs = refs[n_keys:]
-            hopper.store_weights(scratch["weights"].at[wg], y, interpret, k.paired)
-            v.stage(refs, scales, interpret)
+            refs = ring.slot(i)
+            x = shown(i, scores(refs))
+            hopper.spread_max(x, warps, interpret)
+            operands = lambda t: v.operands(of_values(refs, t), scales(t), interpret)
+            ready = operands(0)  # while the greatest scores and weights are waited for
+            top, old, y = hopper.weigh(x, top, warps, interpret)
+            hopper.store_weights(weights, y, runs, interpret)
+            total = hopper.add_rows(total, old, y, interpret)
             if not interpret:
                 plgpu.commit_smem()
 
             def scope(*accs: Any) -> list[jax.Array]:
-                for acc, a in zip(accs, v.operands(refs, scales, interpret)):
-                    hopper.mma(acc, a, scratch["weights"].at[wg].T, staged)
+                for t in range(tiles):
+                    for acc, a in zip(accs, operands(t) if t else ready):
+                        hopper.mma(acc, a, weights.at[t].T, staged)
+                hopper.sync(interpret)
+                fetch(i + c.stages)
                 plgpu.wgmma_wait(0)
                 return [acc[...] for acc in accs]
 
-            found = pl.run_scoped(scope, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * v.tiles)
-            hopper.sync(interpret)
-            fetch(i + c.stages)
-            return best, total * old + y, [o * old + x for o, x in zip(outs, found)]
+            found = pl.run_scoped(scope, *products(v.tiles))
+            factor = hopper.in_rows(old)
+            return top, total, [o * factor + x for o, x in zip(outs, found)]
 
-        zero = [constant(0.0) for _ in range(v.tiles)]
-        carry = (constant(NEVER), constant(0.0), zero)
-        top, total, outs = lax.fori_loop(0, mine, step, carry)
-        row = (head * self.parts + part) * c.warpgroups + wg
+        zeros = lambda: plgpu.layout_cast(jnp.zeros(shape, jnp.float32), hopper.WGMMA)
+        column = lambda x: hopper.column(p.width, x)
+        sums = (column(NEVER), column(0.0), [zeros() for _ in range(v.tiles)])
+        sums = lax.fori_loop(0, mine, step, sums)
         hopper.sync(interpret)
-        total = hopper.over_rows("sum", total, scratch["warps"].at[wg], interpret)
-        share = jnp.where(total == 0, 0.0, 1 / total)
-        for j, x in enumerate(outs):
-            hopper.store_transposed(
-                out, x * share, row * p.group, jnp.int32(64 * j),
-                row * p.group + p.group, interpret, paired=True, rows=p.group,
-            )  # fmt: skip
-        found = jnp.where(total == 0, NEVER, top + jnp.log2(jnp.where(total == 0, 1.0, total)))
-        hopper.store_first(logs, found, row * p.group, jnp.int32(0), p.group, interpret)
+        for other in range(1, c.warpgroups):
+
+            @pl.when(wg == other)
+            def _() -> None:
+                hopper.hand_over(scratch["sums"].at[other - 1], (*sums[:2], *sums[2]), interpret)
+                plgpu.barrier_arrive(scratch["summed"])
+
+        @pl.when(wg == 0)
+        def _() -> None:
+            top, total, outs = sums
+            if c.warpgroups > 1:
+                plgpu.barrier_wait(scratch["summed"])
+            for other in range(1, c.warpgroups):
+                theirs = hopper.taken(scratch["sums"].at[other - 1], (top, total, *outs), interpret)
+                best = jnp.maximum(top, theirs[0])
+                own, more = jnp.exp2(top - best), jnp.exp2(theirs[0] - best)
+                top, total = best, total * own + theirs[1] * more
+                own, more = hopper.in_rows(own), hopper.in_rows(more)
+                outs = [x * own + y * more for x, y in zip(outs, theirs[2:])]
+            total = hopper.column_sums(total, warps, interpret)
+            row = (head * self.parts + part) * p.group
+            each = hopper.in_rows(jnp.where(total == 0, 0.0, 1 / total))
+            for j, x in enumerate(outs):
+                hopper.store_transposed(
+                    out, x * each, row, jnp.int32(64 * j), row + p.group, interpret, paired=True, rows=p.group
+                )  # fmt: skip
+            found = jnp.where(total == 0, NEVER, top + jnp.log2(jnp.where(total == 0, 1.0, total)))
+            hopper.store_columns(logs, found, row, p.group, interpret)
+
+    def own(self, x: Any, head: Any) -> Any:
+        """Where an array of `_OfHeads`, its first axes joined, has what is a head's."""
+        return head if x.shape[0] == self.rows else lax.div(head, self.problem.heads)
+
+    def bounds(self, of_heads: _OfHeads, head: Any) -> tuple[Any, Any]:
+        """See `_bounds`."""
+        p, span = self.problem, of_heads.span
+        length = of_heads.lengths[self.own(of_heads.lengths, head)]
+        if span is not None:
+            at = self.own(span, head)
+            span = span[at, 0], span[at, 1]
+        return _bounds(length, span, p.tokens, p.window)
