@@ -33,11 +33,13 @@ def keys_of(rows: Rows) -> TokenKeys | ChannelKeys:
     return TokenKeys.of(rows)
 
 
-def refusal(rows: Rows) -> str:
+def refusal(rows: Rows, by_warps: bool) -> str:
     """Why keys can't be taken; "" where they can."""
     codec = rows.codec
     if isinstance(codec, PerChannel):
         return ChannelKeys.refusal(rows)
+    if by_warps:
+        return rows_refusal(rows)
     plan = plan_of(codec.codec) if isinstance(codec, PerToken) else None
     if plan is None:
         return f"no kernel for {codec.name}"
@@ -45,6 +47,20 @@ def refusal(rows: Rows) -> str:
     if row_bytes not in (64, 128):
         return f"rows of {rows.width} elements in {codec.name} are {row_bytes} bytes, not 64 or 128"
     return hopper.refusal(codec.codec, rows.width)  # pyright: ignore
+
+
+def rows_refusal(rows: Rows) -> str:
+    """Why rows, a token each, can't be taken; "" where they can."""
+    codec = rows.codec
+    plan = plan_of(codec.codec) if isinstance(codec, PerToken) else None
+    if plan is None:
+        return f"no kernel for {codec.name}"
+    row_bytes, group = rows.width * plan.bits // 8, codec.codec.group  # pyright: ignore
+    if rows.width % 64 or row_bytes not in (16, 32, 64, 128):
+        return f"rows of {rows.width} elements in {codec.name} are {row_bytes} bytes, not 16, 32, 64 or 128"
+    if group is not None and group < rows.width and group % 16:
+        return f"groups of {group} are no multiple of 16"
+    return ""
 
 
 class TokenKeys(TokenRows):
@@ -70,6 +86,36 @@ class TokenKeys(TokenRows):
         for t in range(tiles):
             for found in self._of_tile([hopper.tile_of(ref, t, tiles) for ref in refs], interpret):
                 yield t, *found
+
+    @property
+    def warp_order(self) -> np.ndarray:
+        """The same for `scores`."""
+        return hopper.rows_order()
+
+    def sums(self, queries: list[jax.Array], interpret: bool) -> list[jax.Array]:
+        """What `scores` wants of the queries beside them."""
+        if self.plan.terms == 1:
+            return []
+        return hopper.query_sums(queries, self.group, interpret)
+
+    def scores(
+        self,
+        queries: list[jax.Array],
+        sums: list[jax.Array],
+        refs: list[Any],
+        tiles: int,
+        interpret: bool,
+    ) -> list[jax.Array]:
+        """Of a step, by warps, ``f32[64, 8]`` for each tile.
+
+        Args:
+          queries: from `hopper.load_queries`.
+        """
+        codes, *tables = refs
+        return hopper.multiply_rows(
+            queries, sums, codes, tables, self.plan,
+            tiles=tiles, row_bytes=self.row_bytes, group=self.group, groups=self.groups, interpret=interpret,
+        )  # fmt: skip
 
     def _of_tile(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
         codes, *tables = refs
@@ -142,3 +188,24 @@ class ChannelKeys:
             )  # fmt: skip
             for t, a in enumerate(made):
                 yield t, a, 0, 64 * chunk
+
+    @property
+    def warp_order(self) -> np.ndarray:
+        return self.order
+
+    def sums(self, queries: list[jax.Array], interpret: bool) -> list[jax.Array]:
+        return []
+
+    def scores(
+        self,
+        queries: list[jax.Array],
+        sums: list[jax.Array],
+        refs: list[Any],
+        tiles: int,
+        interpret: bool,
+    ) -> list[jax.Array]:
+        out: list[Any] = [None] * tiles
+        for t, a, _, column in self.operands(refs, tiles, interpret):
+            found = hopper.multiply(a, queries[column // 64], interpret)
+            out[t] = found if out[t] is None else out[t] + found
+        return out

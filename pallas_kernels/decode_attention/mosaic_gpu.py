@@ -65,8 +65,14 @@ def refusal(q: Any, keys: Rows, values: Rows, heads: int) -> str:
         return f"S = {keys.tokens} is no multiple of {ROWS}"
     if q.shape[1] // heads > 64:
         return f"{q.shape[1] // heads} query heads share a head of the cache"
-    reasons = ("keys", of_keys.refusal(keys)), ("values", of_values.refusal(values))
+    by_warps = _by_warps(q.shape[1] // heads, q.shape[2])
+    reasons = ("keys", of_keys.refusal(keys, by_warps)), ("values", of_keys.rows_refusal(values))
     return next((f"{name}: {reason}" for name, reason in reasons if reason), "")
+
+
+def _by_warps(group: int, width: int) -> bool:
+    """Whether warps work alone: they have registers for all elements of a row and few queries."""
+    return group <= hopper.QUERIES and width <= 128
 
 
 def decode_attention(
@@ -208,27 +214,25 @@ class _Problem:
 
         return min(range(1, max(1, steps // c.warpgroups) + 1), key=cost)
 
-    def __call__(
-        self, q: jax.Array, own: _OfHeads, keys: list[jax.Array], values: list[jax.Array]
-    ) -> tuple[jax.Array, ...]:
-        """Of ``[B N, H]`` parts ``f32[B K, P, G, H]`` and the logarithms of their denominators; scores ``f32[B K, G, S]``."""
-        c, rows = self.config, q.shape[0] // self.group
-        slots = [*self.keys.slots(keys), *self.values.slots(values)]
-        tiles = self.tiles(sum(math.prod(s) * jnp.dtype(t).itemsize for s, t, _ in slots))
-        parts, wg, h = self.parts(rows, tiles), c.warpgroups, self.values.width
-        f16, pieces = jnp.float16, self.keys.pieces
+    @property
+    def by_warps(self) -> bool:
+        return _by_warps(self.group, self.values.width)
+
+    def of_warpgroups(self, tiles: int) -> dict[str, Any]:
+        """Scratch where the warps of a warpgroup work together."""
+        wg, h, f16, pieces = (
+            self.config.warpgroups,
+            self.values.width,
+            jnp.float16,
+            self.keys.pieces,
+        )
         scratch: dict[str, Any] = {
             "queries": plgpu.SMEM(
                 (pieces, self.width, h // pieces), f16, transforms=hopper.tiled(f16)
             ),
-            "ring": [
-                plgpu.SMEM((wg, c.stages, tiles * n, *rest), dtype, transforms=transforms)
-                for (n, *rest), dtype, transforms in slots
-            ],
             "weights": plgpu.SMEM((wg, tiles, self.width, ROWS), f16, transforms=hopper.tiled(f16)),
             "scales": plgpu.SMEM((wg, tiles, self.values.spread), f16),
             "warps": plgpu.SMEM((wg, 4, self.width), jnp.float32),
-            "full": hopper.ring_barriers(len(slots), wg, c.stages, self.interpret),
             "ready": plgpu.Barrier(num_arrivals=1),
         }
         if wg > 1:
@@ -237,6 +241,29 @@ class _Problem:
             scratch["summed"] = plgpu.Barrier(num_arrivals=wg - 1)
         if self.interpret:
             scratch["staged"] = plgpu.SMEM((wg, ROWS, ROWS), f16)
+        return scratch
+
+    def __call__(
+        self, q: jax.Array, own: _OfHeads, keys: list[jax.Array], values: list[jax.Array]
+    ) -> tuple[jax.Array, ...]:
+        """Of ``[B N, H]`` parts ``f32[B K, P, G, H]`` and the logarithms of their denominators; scores ``f32[B K, G, S]``."""
+        c, rows = self.config, q.shape[0] // self.group
+        slots = [*self.keys.slots(keys), *self.values.slots(values)]
+        tiles = self.tiles(sum(math.prod(s) * jnp.dtype(t).itemsize for s, t, _ in slots))
+        parts, wg, h = self.parts(rows, tiles), c.warpgroups, self.values.width
+        scratch: dict[str, Any] = {
+            "ring": [
+                plgpu.SMEM((wg, c.stages, tiles * n, *rest), dtype, transforms=transforms)
+                for (n, *rest), dtype, transforms in slots
+            ],
+            "full": hopper.ring_barriers(len(slots), wg, c.stages, self.interpret),
+        }
+        if self.by_warps:
+            scratch["join"] = hopper.join_scratch(wg, h, self.interpret)
+            if self.interpret:
+                scratch["joined"] = plgpu.Barrier(num_arrivals=wg)
+        else:
+            scratch |= self.of_warpgroups(tiles)
         f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
         n = rows * parts * self.group
         kernel = plgpu.kernel(
@@ -291,41 +318,13 @@ class _Body:
             jnp.int32(0)
         )  # the first steps of all before any second one: what is first asked for comes first
 
-        @pl.when(wg == 0)
-        def _() -> None:
-            scale = p.scale * (1 if p.soft_cap else LOG2E)
-            hopper.stage_rows(
-                scratch["queries"], q, head * p.group, p.group, k.order, scale, interpret
-            )
-            if not interpret:
-                plgpu.commit_smem()
-            plgpu.barrier_arrive(scratch["ready"])
-
-        plgpu.barrier_wait(scratch["ready"])
-        for i in range(1, c.stages):
-            fetch(jnp.int32(i))
-        shape = (ROWS, p.width)
-        products = lambda n: [plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * n
-        staged = scratch["staged"].at[wg] if interpret else None
-        warps, weights = scratch["warps"].at[wg], scratch["weights"].at[wg]
+        scale = p.scale * (1 if p.soft_cap else LOG2E)
         runs = tiles if isinstance(k, of_keys.ChannelKeys) else 0
-        of_values = lambda refs, t: [hopper.tile_of(ref, t, tiles) for ref in refs[self.n_keys :]]
-        scales = lambda t: scratch["scales"].at[wg, t]
 
-        def scores(refs: list[Any]) -> list[jax.Array]:
-            def scope(*accs: Any) -> list[jax.Array]:
-                for t, a, piece, column in k.operands(refs[: self.n_keys], tiles, interpret):
-                    own = scratch["queries"].at[piece, :, pl.ds(column, 64)]
-                    hopper.mma(accs[t], a, own.T, staged)
-                for t in range(tiles):
-                    v.stage(of_values(refs, t), scales(t), interpret)
-                plgpu.wgmma_wait(0)
-                return [acc[...] for acc in accs]
-
-            found = pl.run_scoped(scope, *products(tiles))
-            if (cap := p.soft_cap) is not None:
-                found = [(cap * LOG2E) * jnp.tanh(x * (1 / cap)) for x in found]
-            return found
+        def capped(found: list[jax.Array]) -> list[jax.Array]:
+            if (cap := p.soft_cap) is None:
+                return found
+            return [(cap * LOG2E) * jnp.tanh(x * (1 / cap)) for x in found]
 
         def shown(i: Any, x: list[jax.Array]) -> list[jax.Array]:
             cut = functools.partial(
@@ -342,6 +341,74 @@ class _Body:
                 score_outs[0], x, head * p.group, tile(i) * ROWS, p.group, runs, interpret
             )
             return cut(x, low=begin(i) * ROWS)
+
+        row = (head * self.parts + part) * p.group
+        if p.by_warps:
+            queries = hopper.load_queries(
+                q, head * p.group, p.group, k.warp_order, scale, interpret
+            )
+            query_sums = k.sums(queries, interpret)
+            for i in range(1, c.stages):
+                fetch(jnp.int32(i))
+
+            def step(i: Any, carry: Any) -> Any:
+                top, total, outs = carry
+                ring.wait(i)
+                refs = ring.slot(i)
+                x = k.scores(queries, query_sums, refs[: self.n_keys], tiles, interpret)
+                x = shown(i, capped(x))
+                top, old, total, y = hopper.weigh_rows(x, top, total, interpret)
+                codes, *tables = refs[self.n_keys :]
+                outs = hopper.add_values(
+                    outs, old, y, codes, tables, v.plan,
+                    runs=runs, row_bytes=v.row_bytes, group=v.group, groups=v.groups, interpret=interpret,
+                )  # fmt: skip
+                hopper.release(wg * c.stages + lax.rem(i, c.stages), interpret)
+                fetch(i + c.stages)
+                return top, total, outs
+
+            column = lambda x: hopper.warp_column(x, interpret)
+            zero = lambda: plgpu.layout_cast(jnp.zeros((ROWS, p.width), jnp.float32), hopper.WGMMA)
+            sums = column(NEVER), column(0.0), [zero() for _ in range(v.width // 16)]
+            top, total, outs = lax.fori_loop(0, mine, step, sums)
+            if not interpret:
+                hopper.join_warps(
+                    outs, top, total, scratch["join"], out, logs, row, p.group, c.warpgroups
+                )
+                return
+            self.join(wg, top, total, outs, scratch, out, logs, row)
+            return
+
+        @pl.when(wg == 0)
+        def _() -> None:
+            hopper.stage_rows(
+                scratch["queries"], q, head * p.group, p.group, k.order, scale, interpret
+            )
+            if not interpret:
+                plgpu.commit_smem()
+            plgpu.barrier_arrive(scratch["ready"])
+
+        plgpu.barrier_wait(scratch["ready"])
+        for i in range(1, c.stages):
+            fetch(jnp.int32(i))
+        shape = (ROWS, p.width)
+        products = lambda n: [plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * n
+        staged = scratch["staged"].at[wg] if interpret else None
+        warps, weights = scratch["warps"].at[wg], scratch["weights"].at[wg]
+        of_values = lambda refs, t: [hopper.tile_of(ref, t, tiles) for ref in refs[self.n_keys :]]
+        scales = lambda t: scratch["scales"].at[wg, t]
+
+        def scores(refs: list[Any]) -> list[jax.Array]:
+            def scope(*accs: Any) -> list[jax.Array]:
+                for t, a, piece, column in k.operands(refs[: self.n_keys], tiles, interpret):
+                    own = scratch["queries"].at[piece, :, pl.ds(column, 64)]
+                    hopper.mma(accs[t], a, own.T, staged)
+                for t in range(tiles):
+                    v.stage(of_values(refs, t), scales(t), interpret)
+                plgpu.wgmma_wait(0)
+                return [acc[...] for acc in accs]
+
+            return capped(pl.run_scoped(scope, *products(tiles)))
 
         def step(i: Any, carry: Any) -> Any:
             top, total, outs = carry
@@ -395,7 +462,6 @@ class _Body:
                 own, more = hopper.in_rows(own), hopper.in_rows(more)
                 outs = [x * own + y * more for x, y in zip(outs, theirs[2:])]
             total = hopper.column_sums(total, warps, interpret)
-            row = (head * self.parts + part) * p.group
             each = hopper.in_rows(jnp.where(total == 0, 0.0, 1 / total))
             for j, x in enumerate(outs):
                 hopper.store_transposed(
@@ -403,6 +469,31 @@ class _Body:
                 )  # fmt: skip
             found = jnp.where(total == 0, NEVER, top + jnp.log2(jnp.where(total == 0, 1.0, total)))
             hopper.store_columns(logs, found, row, p.group, interpret)
+
+    def join(
+        self, wg: Any, top: Any, total: Any, outs: Any, scratch: Any, out: Any, logs: Any, row: Any
+    ) -> None:
+        """`hopper.join_warps` for the interpreter."""
+        p, c, shared = self.problem, self.problem.config, scratch["join"][0]
+        best = top.max(0)
+        share = jnp.exp2(top - best)
+        x = jnp.stack(outs).reshape(-1, 4, 2, 8, p.width).transpose(1, 0, 3, 2, 4)
+        x = x.reshape(4, -1, p.width) * share[:, None]
+        shared[wg] = jnp.concatenate([best[None], (total * share).sum(0)[None], x.sum(0)])
+        plgpu.barrier_arrive(scratch["joined"])
+
+        @pl.when(wg == 0)
+        def _() -> None:
+            plgpu.barrier_wait(scratch["joined"])
+            found = shared[...]
+            best = found[:, 0].max(0)
+            share = jnp.exp2(found[:, 0] - best)
+            total = (found[:, 1] * share).sum(0)
+            kept = jnp.where(total == 0, 1, total)
+            x = (found[:, 2:] * share[:, None]).sum(0) / kept
+            out[pl.ds(row, p.group), :] = x.T[: p.group]
+            log = jnp.where(total == 0, NEVER, best + jnp.log2(kept))
+            logs[pl.ds(row, p.group)] = log[: p.group]
 
     def own(self, x: Any, head: Any) -> Any:
         """Where an array of `_OfHeads`, its first axes joined, has what is a head's."""

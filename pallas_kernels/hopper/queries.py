@@ -64,7 +64,7 @@ def stage_rows(
                 step = sum(places[bit] for bit in range(3) if j >> bit & 1)
                 place = arith.extsi(asm.i64(), arith.addi(at, asm.const(step)))
                 found.append(llvm.load(element, asm.at(base, place, element)))
-            made = [_half(x, scale, inside) for x in found]
+            made = [half(x, scale, inside) for x in found]
             tile = arith.addi(
                 arith.muli(arith.divui(line, asm.const(8)), asm.const(columns // 64)),
                 arith.shrui(chunk, asm.const(3)),
@@ -83,7 +83,7 @@ def stage_rows(
     run(to, rows, first)
 
 
-def _half(x: Any, scale: float, inside: Any) -> Any:
+def half(x: Any, scale: float, inside: Any) -> Any:
     f32 = ir.F32Type.get()
     number = lambda v: arith.constant(f32, v)
     x = x if x.type == f32 else arith.extf(f32, x)

@@ -34,6 +34,11 @@ def column(width: int, x: float) -> jax.Array:
     return plgpu.layout_cast(jnp.full((width,), x, jnp.float32), COLUMN)
 
 
+def zeros(width: int) -> jax.Array:
+    """``f32[64, width]``."""
+    return plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), WGMMA)
+
+
 def in_rows(x: jax.Array) -> jax.Array:
     """``f32[W]`` in each of 64 rows."""
     return plgpu.layout_cast(lax.broadcast_in_dim(x, (ROWS, *x.shape), (1,)), WGMMA)
@@ -57,14 +62,14 @@ def hide(
     def run(ctx, scores, first, low, high):
         first, low, high = map(asm.scalar, (first, low, high))
         last = arith.addi(first, asm.const(ROWS * len(scores)))
-        cut = arith.ori(_less(first, low), _less(high, last))
+        cut = arith.ori(less(first, low), less(high, last))
         registers = [v for x in scores for v in x.registers.flat]
         branch = scf.IfOp(cut, [v.type for v in registers], has_else=True)
         with ir.InsertionPoint(branch.then_block):
             own = arith.addi(first, _first_token(runs))
             at = [arith.addi(own, asm.const(i)) for i in _steps(runs, scores)]
             outside = [
-                arith.ori(_less(i, low), arith.cmpi(arith.CmpIPredicate.sge, i, high)) for i in at
+                arith.ori(less(i, low), arith.cmpi(arith.CmpIPredicate.sge, i, high)) for i in at
             ]
             scf.yield_(_hidden(outside, registers, never))
         with ir.InsertionPoint(branch.else_block):
@@ -121,7 +126,7 @@ def store_scores(
 ) -> None:
     """The first `n` columns, to ``out[row + i, column + token]``, float32 in global memory."""
     if interpret:
-        found = _in_order(scores, runs)[:n]
+        found = in_order(scores, runs)[:n]
         out[pl.ds(row, n), pl.ds(column, found.shape[1])] = found
         return
 
@@ -138,7 +143,7 @@ def store_scores(
                     line = arith.extsi(asm.i64(), arith.addi(asm.scalar(row), i))
                     place = arith.addi(arith.addi(arith.muli(line, stride), own), asm.const64(step))
                     place = llvm.ptrtoint(asm.i64(), asm.at(asm.pointer(ref), place, f32))
-                    inside = _less(i, asm.const(n))
+                    inside = less(i, asm.const(n))
                     mgpu.utils.inline_ptx(
                         "@$2 st.global.f32 [$0], $1;", place, asm.extract(v, e), inside
                     )
@@ -149,7 +154,7 @@ def store_scores(
 def store_weights(to: Any, weights: Scores, runs: int, interpret: bool) -> None:
     """Weights as the swizzled tiles ``f16[tiles, W, 64]`` in shared memory, tokens in their order."""
     if interpret:
-        found = _in_order(weights, runs).astype(to.dtype)
+        found = in_order(weights, runs).astype(to.dtype)
         to[...] = found.reshape(-1, len(weights), ROWS).swapaxes(0, 1)
         return
 
@@ -193,7 +198,7 @@ def spread_max(scores: Scores, scratch: Any, interpret: bool) -> None:
     @asm.inline(arg_types=([WGMMA] * len(scores), plgpu.RefType()))
     def run(ctx, scores, scratch):
         rows = [v for x in scores for v in x.registers.reshape(-1, 2).T]
-        found = _over_warp(arith.maxnumf, rows)
+        found = over_warp(arith.maxnumf, rows)
         _store_warp(scratch, found)
         mgpu.utils.warpgroup_barrier()
 
@@ -224,9 +229,9 @@ def weigh(
         best, old = [], []
         for before, found in zip(top.registers.flat, _load_warps(arith.maxnumf, scratch)):
             best.append(arith.maxnumf(before, found))
-            old.append(_exp2(arith.subf(before, best[-1])))
+            old.append(exp2(arith.subf(before, best[-1])))
         weights = [
-            _exp2(arith.subf(v, best[octet]))
+            exp2(arith.subf(v, best[octet]))
             for x in scores
             for octet, rows in enumerate(x.registers.reshape(-1, 2))
             for v in rows
@@ -251,7 +256,7 @@ def add_rows(total: jax.Array, old: jax.Array, weights: Scores, interpret: bool)
     def run(ctx, total, old, weights):
         out = []
         for octet, (x, factor) in enumerate(zip(total.registers.flat, old.registers.flat)):
-            x = _fma(x, factor, weights[0].registers.reshape(-1, 2)[octet, 0])
+            x = fma(x, factor, weights[0].registers.reshape(-1, 2)[octet, 0])
             for rest in [v for w in weights for v in w.registers.reshape(-1, 2)[octet]][1:]:
                 x = arith.addf(x, rest)
             out.append(x)
@@ -270,7 +275,7 @@ def column_sums(total: jax.Array, scratch: Any, interpret: bool) -> jax.Array:
         return_type=plgpu.ShapeDtypeStruct(total.shape, jnp.float32, layout=COLUMN),
     )
     def run(ctx, total, scratch):
-        _store_warp(scratch, _over_warp(arith.addf, [list(total.registers.flat)]))
+        _store_warp(scratch, over_warp(arith.addf, [list(total.registers.flat)]))
         mgpu.utils.warpgroup_barrier()
         out = np.array(_load_warps(arith.addf, scratch), dtype=object)
         return asm.array(out, COLUMN, tuple(total.shape))
@@ -355,7 +360,7 @@ def store_columns(out: Any, x: jax.Array, row: Any, n: int, interpret: bool) -> 
         for octet, pair in enumerate(x.registers.flat):
             for e in range(2):
                 i = arith.addi(arith.muli(q, asm.const(2)), asm.const(8 * octet + e))
-                inside = arith.andi(first, _less(i, asm.const(n)))
+                inside = arith.andi(first, less(i, asm.const(n)))
                 place = arith.extsi(asm.i64(), arith.addi(asm.scalar(row), i))
                 place = llvm.ptrtoint(asm.i64(), asm.at(asm.pointer(ref), place, ir.F32Type.get()))
                 value = asm.extract(pair, e)
@@ -372,7 +377,7 @@ def _tokens(runs: int, tiles: int) -> list[jax.Array]:
     return [16 * (runs * (row >> 4) + t) + 2 * (row & 7) + ((row >> 3) & 1) for t in range(tiles)]
 
 
-def _in_order(scores: Scores, runs: int) -> jax.Array:
+def in_order(scores: Scores, runs: int) -> jax.Array:
     """``[W, tokens]``."""
     if not runs:
         return jnp.concatenate(scores).T
@@ -418,23 +423,23 @@ def _split(words: Any, scores: Any) -> list[Any]:
     return [asm.array(v, WGMMA, tuple(x.shape)) for v, x in zip(found, scores)]
 
 
-def _less(a: Any, b: Any) -> Any:
+def less(a: Any, b: Any) -> Any:
     return arith.cmpi(arith.CmpIPredicate.slt, a, b)
 
 
-def _fma(a: Any, b: Any, c: Any) -> Any:
+def fma(a: Any, b: Any, c: Any) -> Any:
     fast: dict[str, Any] = {"fastmath": arith.FastMathFlags.contract}
     return arith.addf(arith.mulf(a, b, **fast), c, **fast)
 
 
-def _exp2(v: Any) -> Any:
+def exp2(v: Any) -> Any:
     """Of a vector; what is below the smallest normal number is 0."""
     f32, count = ir.F32Type.get(), ir.VectorType(v.type).shape[0]
     one = lambda x: mgpu.utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", x, result_types=f32)
     return asm.vector_of(v.type, [one(asm.extract(v, i)) for i in range(count)])
 
 
-def _over_warp(join: Any, rows: list[Any]) -> list[list[Any]]:
+def over_warp(join: Any, rows: list[Any]) -> list[list[Any]]:
     """Of the vectors of all rows, by octet of columns: joined over rows and the threads that share columns."""
     out = []
     for vectors in zip(*rows):
