@@ -66,8 +66,6 @@ def rows_refusal(rows: Rows) -> str:
 class TokenKeys(TokenRows):
     """Keys in rows."""
 
-    runs = 0  # see `hopper.softmax`
-
     @property
     def pieces(self) -> int:
         """Parts of q, each with columns of its own."""
@@ -78,14 +76,6 @@ class TokenKeys(TokenRows):
         """Of 64 columns of q in an operand's: which comes where."""
         with jax.ensure_compile_time_eval():
             return np.asarray(hopper.permute_columns(jnp.arange(64)))
-
-    def operands(
-        self, refs: list[Any], tiles: int, interpret: bool
-    ) -> Iterator[tuple[int, jax.Array, int, int]]:
-        """Operands ``f16[64, 64]`` of a step: of which tile, and the piece and the column of q that it meets."""
-        for t in range(tiles):
-            for found in self._of_tile([hopper.tile_of(ref, t, tiles) for ref in refs], interpret):
-                yield t, *found
 
     @property
     def warp_order(self) -> np.ndarray:
@@ -117,7 +107,8 @@ class TokenKeys(TokenRows):
             tiles=tiles, row_bytes=self.row_bytes, group=self.group, groups=self.groups, interpret=interpret,
         )  # fmt: skip
 
-    def _of_tile(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
+    def operands(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
+        """Operands ``f16[64, 64]`` of the tile in `refs`, each with the piece and the column of q that it meets."""
         codes, *tables = refs
         piece = self.width // self.pieces
         whole = hopper.is_whole(self.group, piece, self.row_bytes, self.groups)
@@ -177,17 +168,19 @@ class ChannelKeys:
         codes: Slot = (blocks * self.tokens * self.plan.bits // 8,), jnp.uint8, ()
         return [codes, *(((blocks,), x.dtype, ()) for x in arrays[1:])]
 
-    def operands(
-        self, refs: list[Any], tiles: int, interpret: bool
-    ) -> Iterator[tuple[int, jax.Array, int, int]]:
-        codes, *tables = refs
+    def operands(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
         for chunk in range(self.width // 64):
-            made = hopper.expand_channels(
-                codes, tables, chunk, self.plan,
-                tiles=tiles, tokens=self.tokens, width=self.width, interpret=interpret,
-            )  # fmt: skip
-            for t, a in enumerate(made):
-                yield t, a, 0, 64 * chunk
+            (made,) = self._expanded(refs, chunk, 1, interpret)
+            yield made, 0, 64 * chunk
+
+    def _expanded(
+        self, refs: list[Any], chunk: int, tiles: int, interpret: bool
+    ) -> list[jax.Array]:
+        codes, *tables = refs
+        return hopper.expand_channels(
+            codes, tables, chunk, self.plan,
+            tiles=tiles, tokens=self.tokens, width=self.width, interpret=interpret,
+        )  # fmt: skip
 
     @property
     def warp_order(self) -> np.ndarray:
@@ -204,8 +197,9 @@ class ChannelKeys:
         tiles: int,
         interpret: bool,
     ) -> list[jax.Array]:
-        out: list[Any] = [None] * tiles
-        for t, a, _, column in self.operands(refs, tiles, interpret):
-            found = hopper.multiply(a, queries[column // 64], interpret)
-            out[t] = found if out[t] is None else out[t] + found
+        out: list[Any] = []
+        for chunk, own in enumerate(queries):
+            made = self._expanded(refs, chunk, tiles, interpret)
+            found = [hopper.multiply(a, own, interpret) for a in made]
+            out = [x + y for x, y in zip(out, found)] if out else found
         return out

@@ -116,7 +116,6 @@ def _load(
     channel = arith.addi(arith.addi(first, channel), asm.const(64 * chunk))
     row = arith.muli(channel, asm.const(row_bytes))
     row = arith.addi(llvm.ptrtoint(asm.i32(), asm.pointer(ref)), row)
-    columns = row_bytes // 16
     words, pieces = [], []
     for turn in turns:
         column, piece = _divided(turn, row_bytes // 16)

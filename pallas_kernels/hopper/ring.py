@@ -128,12 +128,6 @@ class Ring:
         )  # fmt: skip
 
 
-def tile_of(slot: Any, tile: int, tiles: int) -> Any:
-    """One of the tiles of a slot."""
-    n = slot.shape[0] // tiles
-    return slot.at[pl.ds(tile * n, n)]
-
-
 def _transforms(tile: Any) -> tuple[Any, ...]:
     return () if len(tile.shape) == 1 else tiled(tile.dtype, tile.shape[1])
 

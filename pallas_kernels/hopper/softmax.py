@@ -3,8 +3,8 @@
 What a column has one of, its greatest score, is a `COLUMN`; sums over rows stay what each thread has of its own rows
 until `column_sums`. Scores are to base 2.
 
-Rows are tokens. With `runs` 0, row ``16 w + g + 8 r`` of tile t is token ``64 t + 16 w + g + 8 r``; with more, a warp has
-so many runs of 16 tokens, one in each tile, as `expand_channels` gives them: token ``16 (runs w + t) + 2 g + r``.
+Rows are tokens. With `runs` 0, row ``16 w + g + 8 r`` of tile t is token ``64 t + 16 w + g + 8 r``; with more, a warp
+has so many runs of 16 tokens, one in each tile, as `expand_channels` gives them: token ``16 (runs w + t) + 2 g + r``.
 """
 
 from __future__ import annotations
@@ -151,116 +151,107 @@ def store_scores(
     run(out, scores, row, column)
 
 
-def store_weights(to: Any, weights: Scores, runs: int, interpret: bool) -> None:
-    """Weights as the swizzled tiles ``f16[tiles, W, 64]`` in shared memory, tokens in their order."""
+def store_weights(to: Any, weights: jax.Array, runs: int, interpret: bool) -> None:
+    """Weights ``f32[64, W]`` as the swizzled tile ``f16[W, 64]`` in shared memory, tokens in their order.
+
+    Args:
+      runs: 0 or 1.
+    """
     if interpret:
-        found = in_order(weights, runs).astype(to.dtype)
-        to[...] = found.reshape(-1, len(weights), ROWS).swapaxes(0, 1)
+        to[...] = in_order([weights], runs).astype(to.dtype)
         return
 
-    @asm.inline(arg_types=(plgpu.RefType(tiled(to.dtype)), [WGMMA] * len(weights)))
+    @asm.inline(arg_types=(plgpu.RefType(tiled(to.dtype)), WGMMA))
     def run(ctx, to, weights):
         base, byte, f16 = asm.pointer(to), ir.IntegerType.get_signless(8), asm.element(to)
-        width, first, q = _width(to), _first_token(runs), asm.lanes()[2]
-        rows = [v for x in weights for v in x.registers.reshape(-1, 2).T]
-        places = _steps(runs, weights)
-        together = 2 if runs else 1  # tokens in a word
-        for i in range(0, len(rows), together):
-            token = arith.addi(first, asm.const(places[i]))
-            tile, inner = arith.shrui(token, asm.const(6)), arith.andi(token, asm.const(63))
-            chunk = arith.shrui(inner, asm.const(3))
-            rest = arith.muli(arith.andi(inner, asm.const(7)), asm.const(2))
-            start = arith.addi(arith.muli(tile, asm.const(128 * width)), rest)
-            for octet in range(width // 8):
-                for e in range(2):
-                    head = arith.addi(arith.muli(q, asm.const(2)), asm.const(e))
-                    turned = arith.muli(arith.xori(chunk, head), asm.const(16))
-                    line = arith.addi(arith.muli(head, asm.const(128)), asm.const(1024 * octet))
-                    place = asm.at(base, arith.addi(start, arith.addi(line, turned)), byte)
-                    found = [asm.extract(v[octet], e) for v in rows[i : i + together]]
+        first, q = _first_token(runs), asm.lanes()[2]
+        rows, together = weights.registers.reshape(-1, 2), 2 if runs else 1  # tokens in a word
+        for octet in range(len(rows)):
+            for e in range(2):
+                head = arith.addi(arith.muli(q, asm.const(2)), asm.const(e))
+                line = arith.addi(arith.muli(head, asm.const(128)), asm.const(1024 * octet))
+                for r in range(0, 2, together):
+                    token = arith.addi(first, asm.const(8 * r))
+                    chunk = arith.xori(arith.shrui(token, asm.const(3)), head)
+                    rest = arith.muli(arith.andi(token, asm.const(7)), asm.const(2))
+                    own = arith.addi(arith.muli(chunk, asm.const(16)), rest)
+                    found = [asm.extract(v, e) for v in rows[octet, r : r + together]]
                     pair = asm.vector_of(ir.VectorType.get((together,), ir.F32Type.get()), found)
-                    llvm.store(arith.truncf(ir.VectorType.get((together,), f16), pair), place)
+                    made = arith.truncf(ir.VectorType.get((together,), f16), pair)
+                    llvm.store(made, asm.at(base, arith.addi(line, own), byte))
 
     run(to, weights)
 
 
-def spread_max(scores: Scores, scratch: Any, interpret: bool) -> None:
+def spread_max(scores: jax.Array, scratch: Any, interpret: bool) -> None:
     """The greatest score of each column in a warp's rows, to shared memory, and a barrier: for `weigh`.
 
     Args:
       scratch: ``f32[4, W]``. A barrier stands between its last reads and this.
     """
     if interpret:
-        found = jnp.stack([x.max(0) for x in scores]).max(0)
-        scratch[...] = jnp.broadcast_to(found, scratch.shape)
+        scratch[...] = jnp.broadcast_to(scores.max(0), scratch.shape)
         return
 
-    @asm.inline(arg_types=([WGMMA] * len(scores), plgpu.RefType()))
+    @asm.inline(arg_types=(WGMMA, plgpu.RefType()))
     def run(ctx, scores, scratch):
-        rows = [v for x in scores for v in x.registers.reshape(-1, 2).T]
-        found = over_warp(arith.maxnumf, rows)
-        _store_warp(scratch, found)
+        _store_warp(scratch, over_warp(arith.maxnumf, list(scores.registers.reshape(-1, 2).T)))
         mgpu.utils.warpgroup_barrier()
 
     run(scores, scratch)
 
 
 def weigh(
-    scores: Scores, top: jax.Array, scratch: Any, interpret: bool
-) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    scores: jax.Array, top: jax.Array, scratch: Any, interpret: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """After `spread_max`: the greatest scores so far, what sums so far are to be multiplied by, and weights.
 
     Args:
       top: the greatest scores before, ``f32[W]``.
 
     Returns:
-      ``f32[W]``, ``f32[W]``, and for each of `scores` ``exp2(scores - greatest)``.
+      ``f32[W]``, ``f32[W]``, and ``exp2(scores - greatest)``.
     """
     if interpret:
         best = jnp.maximum(top, scratch[...].max(0))
-        return best, jnp.exp2(top - best), [jnp.exp2(x - best) for x in scores]
+        return best, jnp.exp2(top - best), jnp.exp2(scores - best)
     whole = plgpu.ShapeDtypeStruct(top.shape, jnp.float32, layout=COLUMN)
 
     @asm.inline(
-        arg_types=([WGMMA] * len(scores), COLUMN, plgpu.RefType()),
-        return_type=(whole, whole, _like(scores)),
+        arg_types=(WGMMA, COLUMN, plgpu.RefType()), return_type=(whole, whole, *_like([scores]))
     )
     def run(ctx, scores, top, scratch):
         best, old = [], []
         for before, found in zip(top.registers.flat, _load_warps(arith.maxnumf, scratch)):
             best.append(arith.maxnumf(before, found))
             old.append(exp2(arith.subf(before, best[-1])))
-        weights = [
-            exp2(arith.subf(v, best[octet]))
-            for x in scores
-            for octet, rows in enumerate(x.registers.reshape(-1, 2))
-            for v in rows
-        ]
+        rows = scores.registers.reshape(-1, 2)
+        weights = np.empty_like(rows)
+        for (octet, r), v in np.ndenumerate(rows):
+            weights[octet, r] = exp2(arith.subf(v, best[octet]))
         columns = (
             asm.array(np.array(x, dtype=object), COLUMN, tuple(top.shape)) for x in (best, old)
         )
-        return (*columns, _split(weights, scores))
+        return (*columns, asm.array(weights, WGMMA, tuple(scores.shape)))
 
     return run(scores, top, scratch)
 
 
-def add_rows(total: jax.Array, old: jax.Array, weights: Scores, interpret: bool) -> jax.Array:
+def add_rows(total: jax.Array, old: jax.Array, weights: jax.Array, interpret: bool) -> jax.Array:
     """``total * old`` and the weights of a thread's own rows: ``f32[W]``, to be summed by `column_sums`."""
     if interpret:
-        return total * old + sum(x.sum(0) for x in weights)
+        return total * old + weights.sum(0)
 
     @asm.inline(
-        arg_types=(COLUMN, COLUMN, [WGMMA] * len(weights)),
+        arg_types=(COLUMN, COLUMN, WGMMA),
         return_type=plgpu.ShapeDtypeStruct(total.shape, jnp.float32, layout=COLUMN),
     )
     def run(ctx, total, old, weights):
-        out = []
+        rows = weights.registers.reshape(-1, 2)
+        out = np.empty(len(rows), dtype=object)
         for octet, (x, factor) in enumerate(zip(total.registers.flat, old.registers.flat)):
-            x = fma(x, factor, weights[0].registers.reshape(-1, 2)[octet, 0])
-            for rest in [v for w in weights for v in w.registers.reshape(-1, 2)[octet]][1:]:
-                x = arith.addf(x, rest)
-            out.append(x)
-        return asm.array(np.array(out, dtype=object), COLUMN, tuple(total.shape))
+            out[octet] = arith.addf(fma(x, factor, rows[octet, 0]), rows[octet, 1])
+        return asm.array(out, COLUMN, tuple(total.shape))
 
     return run(total, old, weights)
 
@@ -408,11 +399,6 @@ def _hidden(outside: list[Any], registers: list[Any], never: float) -> list[Any]
     return [arith.select(outside[row(i)], nothing, v) for i, v in enumerate(registers)]
 
 
-def _width(to: Any) -> int:
-    """Columns of weights, of the tiles of `store_weights`."""
-    return 8 * ir.MemRefType(to.type).shape[1]
-
-
 def _like(scores: Scores) -> list[Any]:
     return [plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=WGMMA) for x in scores]
 
@@ -460,10 +446,14 @@ def _store_warp(scratch: Any, found: list[list[Any]]) -> None:
     base = arith.addi(arith.muli(warp, asm.const(8 * len(found))), arith.muli(q, asm.const(2)))
     for octet, pair in enumerate(found):
         at = arith.addi(base, asm.const(8 * octet))
-        place = llvm.ptrtoint(asm.i32(), asm.at(asm.pointer(scratch), at, ir.F32Type.get()))
-        mgpu.utils.inline_ptx(
-            "@$3 st.shared.v2.f32 [$0], {$1, $2};", place, *pair, first, has_side_effects=True
-        )
+        store_pair(asm.at(asm.pointer(scratch), at, ir.F32Type.get()), pair, first)
+
+
+def store_pair(place: Any, pair: list[Any], inside: Any) -> None:
+    """Two numbers to shared memory."""
+    code = "@$3 st.shared.v2.f32 [$0], {$1, $2};"
+    place = llvm.ptrtoint(asm.i32(), place)
+    mgpu.utils.inline_ptx(code, place, *pair, inside, has_side_effects=True)
 
 
 def _load_warps(join: Any, scratch: Any) -> list[Any]:
