@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from . import asm
 from .layout import COLUMN, ROWS, SCALAR, WGMMA, tiled
@@ -64,17 +64,16 @@ def hide(
         last = arith.addi(first, asm.const(ROWS * len(scores)))
         cut = arith.ori(less(first, low), less(high, last))
         registers = [v for x in scores for v in x.registers.flat]
-        branch = scf.IfOp(cut, [v.type for v in registers], has_else=True)
-        with ir.InsertionPoint(branch.then_block):
+
+        def hidden() -> list[Any]:
             own = arith.addi(first, _first_token(runs))
             at = [arith.addi(own, asm.const(i)) for i in _steps(runs, scores)]
-            outside = [
-                arith.ori(less(i, low), arith.cmpi(arith.CmpIPredicate.sge, i, high)) for i in at
-            ]
-            scf.yield_(_hidden(outside, registers, never))
-        with ir.InsertionPoint(branch.else_block):
-            scf.yield_(registers)
-        return _split(branch.results, scores)
+            behind = [arith.cmpi(arith.CmpIPredicate.sge, i, high) for i in at]
+            outside = [arith.ori(less(i, low), x) for i, x in zip(at, behind)]
+            return _hidden(outside, registers, never)
+
+        kinds = [v.type for v in registers]
+        return _split(asm.either(cut, kinds, hidden, lambda: registers), scores)
 
     return run(scores, first, low, high)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import arith, llvm
 
 from . import asm
 from .fragments import Plan
@@ -101,12 +101,8 @@ def _rescaled(sums: list[list[Any]], old: Any) -> list[list[Any]]:
     found = mgpu.utils.inline_ptx(code, flag, result_types=asm.i32(), convergent=True)
     any_ = arith.cmpi(arith.CmpIPredicate.ne, found, asm.const(0))
     flat = [x for four in sums for x in four]
-    branch = scf.IfOp(any_, [f32] * len(flat), has_else=True)
-    with ir.InsertionPoint(branch.then_block):
-        scf.yield_([arith.mulf(x, factors[i % 2]) for i, x in enumerate(flat)])
-    with ir.InsertionPoint(branch.else_block):
-        scf.yield_(flat)
-    results = list(branch.results)
+    rescaled = lambda: [arith.mulf(x, factors[i % 2]) for i, x in enumerate(flat)]
+    results = asm.either(any_, [f32] * len(flat), rescaled, lambda: flat)
     return [results[i : i + 4] for i in range(0, len(results), 4)]
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import arith, llvm
 
 from . import asm
 from .fragments import Plan, level_of
@@ -49,13 +49,13 @@ def release(slot: Any, interpret: bool) -> None:
         warp = asm.lanes()[0]
         barrier = arith.addi(asm.scalar(slot), asm.const(1))
         first = arith.cmpi(arith.CmpIPredicate.eq, warp, asm.const(0))
-        branch = scf.IfOp(first, [], has_else=True)
-        for block, what in ((branch.then_block, "sync"), (branch.else_block, "arrive")):
-            with ir.InsertionPoint(block):
-                mgpu.utils.inline_ptx(
-                    f"bar.{what} $0, 128;", barrier, has_side_effects=True, convergent=True
-                )
-                scf.yield_([])
+
+        def bar(what: str) -> list[Any]:
+            code = f"bar.{what} $0, 128;"
+            mgpu.utils.inline_ptx(code, barrier, has_side_effects=True, convergent=True)
+            return []
+
+        asm.either(first, [], lambda: bar("sync"), lambda: bar("arrive"))
 
     run(slot)
 
