@@ -115,7 +115,8 @@ class Problem:
         if not self.by_warps:
             return Config(warpgroups=2, blocks=264)
         nbytes = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype, _ in slots)
-        config = Config(tiles=2 if nbytes < SMALL else 1)
+        slow = any(x.plan.kind != "int" for x in (self.keys, self.values))  # to decode
+        config = Config(tiles=2 if slow or nbytes < SMALL else 1)
         fits = config.warpgroups * config.stages * config.tiles * nbytes <= RING_BYTES
         return config if fits else dataclasses.replace(config, warpgroups=2)
 
