@@ -22,6 +22,7 @@ from .problem import Config, Problem
 
 
 def scratch(problem: Problem, config: Config) -> dict[str, Any]:
+    assert config.warpgroups * config.stages <= 14, config  # a barrier each
     sizes = hopper.join_scratch(config.warpgroups, problem.values.width, problem.interpret)
     found: dict[str, Any] = {"join": sizes}
     if problem.interpret:

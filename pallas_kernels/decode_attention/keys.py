@@ -38,12 +38,9 @@ def refusal(rows: Rows, by_warps: bool) -> str:
     codec = rows.codec
     if isinstance(codec, PerChannel):
         return ChannelKeys.refusal(rows)
-    if by_warps:
-        return rows_refusal(rows)
-    plan = plan_of(codec.codec) if isinstance(codec, PerToken) else None
-    if plan is None:
-        return f"no kernel for {codec.name}"
-    row_bytes = rows.width * plan.bits // 8
+    if (reason := rows_refusal(rows)) or by_warps:
+        return reason
+    row_bytes = rows.width * plan_of(codec.codec).bits // 8  # pyright: ignore
     if row_bytes not in (64, 128):
         return f"rows of {rows.width} elements in {codec.name} are {row_bytes} bytes, not 64 or 128"
     return hopper.refusal(codec.codec, rows.width)  # pyright: ignore

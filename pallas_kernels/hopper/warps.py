@@ -39,7 +39,8 @@ def release(slot: Any, interpret: bool) -> None:
     """The first warp of a warpgroup waits until the others have come here too; those go on.
 
     Args:
-      slot: of all rings' slots, the one that they have read: it has a barrier of its own, since a warp may be ahead.
+      slot: of all rings' slots, the one that they have read, below 14: it has a barrier of its own, since a warp may
+        be ahead.
     """
     if interpret:
         return
