@@ -5,7 +5,7 @@ Kernel time, the join of parts included, and share of the roofline.
   python -m stowax.experiments.bench_attention --cases=1x2048,1x8192,1x32768,16x8192 --torch
   python -m stowax.experiments.bench_attention --specs=kv4,kv2,kivi4,kivi2 --forms=plain,weights,ragged
 
-Expected on one H100, 32 query and 8 KV heads of 128: int4 20.6 us at 1 x 32k (cuDNN 51), 63 at 16 x 8k (175).
+Expected on one H100, 32 query and 8 KV heads of 128: int4 18.7 us at 1 x 32k (cuDNN 51), 56 at 16 x 8k (175).
 About 3 s for each row; writes out/bench_attention.json and .png.
 """
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import hopper
 from ..codecs import PerChannel, PerToken
@@ -32,35 +33,76 @@ def keys_of(rows: Rows) -> TokenKeys | ChannelKeys:
     return TokenKeys.of(rows)
 
 
-def refusal(rows: Rows) -> str:
+def refusal(rows: Rows, by_warps: bool) -> str:
     """Why keys can't be taken; "" where they can."""
     codec = rows.codec
     if isinstance(codec, PerChannel):
         return ChannelKeys.refusal(rows)
-    plan = plan_of(codec.codec) if isinstance(codec, PerToken) else None
-    if plan is None:
-        return f"no kernel for {codec.name}"
-    row_bytes = rows.width * plan.bits // 8
+    if (reason := rows_refusal(rows)) or by_warps:
+        return reason
+    row_bytes = rows.width * plan_of(codec.codec).bits // 8  # pyright: ignore
     if row_bytes not in (64, 128):
         return f"rows of {rows.width} elements in {codec.name} are {row_bytes} bytes, not 64 or 128"
     return hopper.refusal(codec.codec, rows.width)  # pyright: ignore
 
 
+def rows_refusal(rows: Rows) -> str:
+    """Why rows, a token each, can't be taken; "" where they can."""
+    codec = rows.codec
+    plan = plan_of(codec.codec) if isinstance(codec, PerToken) else None
+    if plan is None:
+        return f"no kernel for {codec.name}"
+    row_bytes, group = rows.width * plan.bits // 8, codec.codec.group  # pyright: ignore
+    if rows.width % 64 or row_bytes not in (16, 32, 64, 128):
+        return f"rows of {rows.width} elements in {codec.name} are {row_bytes} bytes, not 16, 32, 64 or 128"
+    if group is not None and group < rows.width and group % 16:
+        return f"groups of {group} are no multiple of 16"
+    return ""
+
+
 class TokenKeys(TokenRows):
     """Keys in rows."""
-
-    paired = False  # whether rows of an operand are in the order of `expand_channels`
 
     @property
     def pieces(self) -> int:
         """Parts of q, each with columns of its own."""
         return self.plan.pieces
 
-    def query(self, x: jax.Array) -> jax.Array:
-        """``[R, W, H]`` in the order of the operands' columns: ``[R * pieces, W, H / pieces]``."""
-        rows, width, _ = x.shape
-        x = x.reshape(rows, width, self.pieces, -1).swapaxes(1, 2)
-        return hopper.permute_columns(x).reshape(rows * self.pieces, width, -1)
+    @property
+    def order(self) -> np.ndarray:
+        """Of 64 columns of q in an operand's: which comes where."""
+        with jax.ensure_compile_time_eval():
+            return np.asarray(hopper.permute_columns(jnp.arange(64)))
+
+    @property
+    def warp_order(self) -> np.ndarray:
+        """The same for `scores`."""
+        return hopper.rows_order()
+
+    def sums(self, queries: list[jax.Array], interpret: bool) -> list[jax.Array]:
+        """What `scores` wants of the queries beside them."""
+        if self.plan.terms == 1:
+            return []
+        return hopper.query_sums(queries, self.group, interpret)
+
+    def scores(
+        self,
+        queries: list[jax.Array],
+        sums: list[jax.Array],
+        refs: list[Any],
+        tiles: int,
+        interpret: bool,
+    ) -> list[jax.Array]:
+        """Of a step, by warps, ``f32[64, 8]`` for each tile.
+
+        Args:
+          queries: from `hopper.load_queries`.
+        """
+        codes, *tables = refs
+        return hopper.multiply_rows(
+            queries, sums, codes, tables, self.plan,
+            tiles=tiles, row_bytes=self.row_bytes, group=self.group, groups=self.groups, interpret=interpret,
+        )  # fmt: skip
 
     def operands(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
         """Operands ``f16[64, 64]`` of the tile in `refs`, each with the piece and the column of q that it meets."""
@@ -95,7 +137,7 @@ class ChannelKeys:
     tokens: int
     width: int
 
-    paired, pieces = True, 1
+    pieces = 1
 
     @classmethod
     def refusal(cls, rows: Rows) -> str:
@@ -109,8 +151,10 @@ class ChannelKeys:
             return f"{codec.name}: scales are not float16"
         return f"{rows.width} channels are no multiple of 64" if rows.width % 64 else ""
 
-    def query(self, x: jax.Array) -> jax.Array:
-        return hopper.permute_channels(x)
+    @property
+    def order(self) -> np.ndarray:
+        with jax.ensure_compile_time_eval():
+            return np.asarray(hopper.permute_channels(jnp.arange(64)))
 
     def arrays(self, rows: Rows) -> list[jax.Array]:
         """All flat."""
@@ -122,10 +166,37 @@ class ChannelKeys:
         return [codes, *(((blocks,), x.dtype, ()) for x in arrays[1:])]
 
     def operands(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
-        codes, *tables = refs
         for chunk in range(self.width // 64):
-            made = hopper.expand_channels(
-                codes, tables, chunk, self.plan,
-                tokens=self.tokens, width=self.width, interpret=interpret,
-            )  # fmt: skip
+            (made,) = self._expanded(refs, chunk, 1, interpret)
             yield made, 0, 64 * chunk
+
+    def _expanded(
+        self, refs: list[Any], chunk: int, tiles: int, interpret: bool
+    ) -> list[jax.Array]:
+        codes, *tables = refs
+        return hopper.expand_channels(
+            codes, tables, chunk, self.plan,
+            tiles=tiles, tokens=self.tokens, width=self.width, interpret=interpret,
+        )  # fmt: skip
+
+    @property
+    def warp_order(self) -> np.ndarray:
+        return self.order
+
+    def sums(self, queries: list[jax.Array], interpret: bool) -> list[jax.Array]:
+        return []
+
+    def scores(
+        self,
+        queries: list[jax.Array],
+        sums: list[jax.Array],
+        refs: list[Any],
+        tiles: int,
+        interpret: bool,
+    ) -> list[jax.Array]:
+        out: list[Any] = []
+        for chunk, own in enumerate(queries):
+            made = self._expanded(refs, chunk, tiles, interpret)
+            found = [hopper.multiply(a, own, interpret) for a in made]
+            out = [x + y for x, y in zip(out, found)] if out else found
+        return out

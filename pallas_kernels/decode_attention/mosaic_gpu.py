@@ -1,52 +1,34 @@
 """Decode attention on Hopper over packed rows.
 
-A block takes one head of the cache and a part of its tokens; its warpgroups take tiles of 64 tokens in turn. Scores
-are ``keys @ q.T`` with the keys as the register operand (`keys.py`), so a column is a query head, and the heads that
-share a cache are read for once. Weights go through shared memory, and ``values.T @ weights`` has the values as the
-register operand, transposed on the way in (`values.py`). Both multiply float16, in which tables are stored: its digits
-are more than bfloat16's, and packed rows do not need the range. Blocks give a partial output and the logarithm of its
-denominator; another kernel joins them, with the attention to rows that are kept in full (`join.py`).
+A block takes one head of the cache and a part of its tokens; its warpgroups take steps of 64 or 128 tokens in turn, so
+that the heads that share a cache are read for once. Where up to 8 do, and rows are short, warps work alone
+(`by_warps.py`), else the four of a warpgroup work together (`by_warpgroups.py`). Both multiply float16, in which tables
+are stored: its digits are more than bfloat16's, and packed rows do not need the range. Blocks give a partial output and
+the logarithm of its denominator; another kernel joins them, with the attention to rows that are kept in full
+(`join.py`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import hopper
 from ..hopper import ROWS
-from . import joined
+from . import by_warpgroups, by_warps, joined
 from . import keys as of_keys
 from . import values as of_values
+from .block import Block
 from .join import JOIN
-from .joined import LOG2E, NEVER
+from .problem import Config as Config
+from .problem import OfHeads, Problem, bounds
+from .problem import by_warps as is_by_warps
 from .reference import by_head, by_row
 from .rows import FullRows, Rows, heads_of
-
-LARGEST = 65504.0  # of float16
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """How an attention is cut into blocks.
-
-    Attributes:
-      warpgroups: of a block; each has a ring of its own.
-      stages: tiles in flight.
-      blocks: at least so many, where there are tokens enough; half as many more where heads have lengths of their own,
-        so that blocks of short heads make room for those of long ones.
-    """
-
-    warpgroups: int = 2
-    stages: int = 2
-    blocks: int = 264
 
 
 def refusal(q: Any, keys: Rows, values: Rows, heads: int) -> str:
@@ -57,7 +39,8 @@ def refusal(q: Any, keys: Rows, values: Rows, heads: int) -> str:
         return f"S = {keys.tokens} is no multiple of {ROWS}"
     if q.shape[1] // heads > 64:
         return f"{q.shape[1] // heads} query heads share a head of the cache"
-    reasons = ("keys", of_keys.refusal(keys)), ("values", of_values.refusal(values))
+    alone = is_by_warps(q.shape[1] // heads, q.shape[2])
+    reasons = ("keys", of_keys.refusal(keys, alone)), ("values", of_keys.rows_refusal(values))
     return next((f"{name}: {reason}" for name, reason in reasons if reason), "")
 
 
@@ -80,53 +63,87 @@ def decode_attention(
     """See `decode_attention`."""
     b, n, h = q.shape
     heads, tokens = heads_of(keys, lengths, seen, full), keys.tokens
-    group = n // heads
-    k, v = of_keys.keys_of(keys), of_values.Values.of(values)
-    x = q.astype(jnp.float32)
-    x = joined.turned(x) if getattr(keys.codec, "rotate", False) else x
-    x = x.reshape(b * heads, group, h) * (scale * (1 if soft_cap else LOG2E))
-    width = -(-group // 8) * 8
-    x = jnp.pad(x, ((0, 0), (0, width - group), (0, 0)))
-    x = k.query(jnp.clip(x, -LARGEST, LARGEST).astype(jnp.float16))
-    words = _words(seen, hidden, tokens)
-    config = config or Config()
-    if lengths.ndim == 2:
-        config = dataclasses.replace(config, blocks=config.blocks * 3 // 2)
-    problem = _Problem(
-        config, k, v, heads, heads // keys.heads, tokens, group, width, soft_cap,
-        0 if words is None else words.shape[1], weights, interpret,
+    x = joined.turned(q.astype(jnp.float32)) if getattr(keys.codec, "rotate", False) else q
+    problem = Problem(
+        config, of_keys.keys_of(keys), of_values.Values.of(values), b * heads, heads, heads // keys.heads,
+        tokens, n // heads, scale, soft_cap, window, lengths.ndim == 2, weights, interpret,
     )  # fmt: skip
-    first, stop = _bounds(lengths, tokens, window, seen)
-    bounds = jnp.stack(jnp.broadcast_arrays(first, stop), axis=-1)
-    bounds = jnp.broadcast_to(bounds, (b, heads, 2)).reshape(-1, 2)
-    masks = [] if words is None else [words.reshape(-1, words.shape[2])]
-    found = problem(x, bounds, masks, k.arrays(keys), v.arrays(values))
-    outs, logs, *scores = (t.reshape(b, heads, *t.shape[1:]) for t in found)
+    span = None if seen is None else _span(by_head(seen))
+    own = OfHeads(by_row(lengths).astype(jnp.int32), span, _words(seen, hidden, tokens))
+    outs, logs, *scores = _call(problem, x.reshape(-1, h), own, keys, values)
+    outs, logs = (t.reshape(b, heads, *t.shape[1:]) for t in (outs, logs))
     form = {"scale": scale, "soft_cap": soft_cap, "weights": weights}
     rotated = bool(getattr(values.codec, "rotate", False))
     out, total, *others = JOIN(((outs, logs), q, tuple(full)), **form, rotated=rotated)
     if not weights:
         return out, total
-    own = joined.weights_of(joined.scores_within(scores[0], first, stop), total)
-    return out, total, (own, *others[0])
+    ends = None if span is None else (span[..., 0], span[..., 1])
+    first, stop = bounds(own.lengths, ends, tokens, window)
+    found = joined.scores_within(scores[0].reshape(b, heads, -1, tokens), first, stop)
+    return out, total, (joined.weights_of(found, total), *others[0])
 
 
-def _bounds(
-    lengths: jax.Array, tokens: int, window: int | None, seen: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """The first token that is seen and the end of those: ``int32[B, 1 or K]``."""
-    stop = jnp.clip(by_row(lengths).astype(jnp.int32), 0, tokens)
-    first = jnp.zeros_like(stop) if window is None else jnp.maximum(stop - window, 0)
-    if seen is None:
-        return first, stop
+def _call(
+    problem: Problem, q: jax.Array, own: OfHeads, keys: Rows, values: Rows
+) -> tuple[jax.Array, ...]:
+    """Of ``[B N, H]`` parts ``f32[B K, P, G, H]`` and logarithms of denominators ``f32[B K, P, G]``.
+
+    Where they are asked for, also scores ``f32[B K G, S]``.
+    """
+    k, v, rows, group = problem.keys, problem.values, problem.rows, problem.group
+    of_k, of_v = k.arrays(keys), v.arrays(values)
+    slots = [*k.slots(of_k), *v.slots(of_v)]
+    config = problem.cut(slots)
+    parts, wg = problem.parts(config), config.warpgroups
+    way = by_warps if problem.by_warps else by_warpgroups
+    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def body(
+        q: Any, own: OfHeads, arrays: list[Any], out: Any, logs: Any, *scores: Any, **scratch: Any
+    ) -> None:
+        block = Block(problem, config, parts, own, arrays, len(of_k), list(scores), scratch)
+        way.attend(block, q, out, logs, scratch)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=[
+            f32(rows * parts * group, v.width),
+            f32(rows * parts * group),
+            *[f32(rows * group, problem.tokens)] * problem.weights,
+        ],
+        grid=(rows, parts),
+        grid_names=("head", "part"),
+        num_threads=wg,
+        thread_name="wg",
+        scratch_types={
+            "ring": [
+                plgpu.SMEM((wg, config.stages, config.tiles * n, *rest), dtype, transforms=transforms)
+                for (n, *rest), dtype, transforms in slots
+            ],
+            "full": hopper.ring_barriers(len(slots), wg, config.stages, problem.interpret),
+            **way.scratch(problem, config),
+        },
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+        interpret=plgpu.InterpretGPUParams() if problem.interpret else None,
+    )  # fmt: skip
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), own)
+    x, logs, *scores = kernel(q, flat, [*of_k, *of_v])
+    return x.reshape(rows, parts, group, -1), logs.reshape(rows, parts, group), *scores
+
+
+def _span(seen: jax.Array) -> jax.Array:
+    """See `problem.OfHeads`."""
+    tokens = seen.shape[-1]
     at = jnp.arange(tokens, dtype=jnp.int32)
-    both = jnp.where(by_head(seen), jnp.stack([at + 1, tokens - at])[:, None, None], 0)
+    both = jnp.where(seen, jnp.stack([at + 1, tokens - at])[:, None, None], 0)
     last, behind = both.max(-1)  # one pass for both
-    return jnp.maximum(first, tokens - behind), jnp.minimum(stop, last)
+    return jnp.stack([tokens - behind, last], axis=-1)
 
 
 def _words(seen: jax.Array | None, hidden: jax.Array | None, tokens: int) -> jax.Array | None:
-    """Masks as bits: ``int32[B, 1 or K, S / 32]``, the first token lowest. None for none.
+    """See `problem.OfHeads`.
 
     Those of `seen` are made apart: XLA makes them once for all layers that have them in common.
     """
@@ -142,200 +159,3 @@ def _words(seen: jax.Array | None, hidden: jax.Array | None, tokens: int) -> jax
             bits = bits | ~words[..., None]
         words = ~jax.lax.reduce_or(bits, (3,))
     return None if words is None else jax.lax.bitcast_convert_type(words, jnp.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-    """Static facts of a call.
-
-    Attributes:
-      heads: of the cache.
-      share: heads that have one head's packed rows in common.
-      group, width: query heads of a head of the cache, and columns for them.
-      masks: heads that masks are for; 0 for no masks.
-      weights: scores are a result.
-    """
-
-    config: Config
-    keys: of_keys.TokenKeys | of_keys.ChannelKeys
-    values: of_values.Values
-    heads: int
-    share: int
-    tokens: int
-    group: int
-    width: int
-    soft_cap: float | None
-    masks: int
-    weights: bool
-    interpret: bool
-
-    def parts(self, rows: int) -> int:
-        """Blocks that share the tokens of a head, where there are `rows` heads."""
-        tiles = self.tokens // ROWS
-        wanted = -(-self.config.blocks // rows)
-        return max(1, min(wanted, tiles // self.config.warpgroups))
-
-    def __call__(
-        self,
-        q: jax.Array,
-        bounds: jax.Array,
-        masks: list[jax.Array],
-        keys: list[jax.Array],
-        values: list[jax.Array],
-    ) -> tuple[jax.Array, ...]:
-        """Parts ``f32[B K, P, G, H]`` and the logarithms of their denominators; scores ``f32[B K, G, S]``."""
-        c, rows = self.config, bounds.shape[0]
-        parts = self.parts(rows)
-        wg, ring = c.warpgroups, (c.warpgroups, c.stages)
-        tiles = lambda slots: [
-            plgpu.SMEM((*ring, *shape), dtype, transforms=transforms)
-            for shape, dtype, transforms in slots
-        ]
-        f16, pieces = jnp.float16, self.keys.pieces
-        columns = self.values.width // pieces
-        scratch: dict[str, Any] = {
-            "q": plgpu.SMEM((pieces, self.width, columns), f16, transforms=hopper.tiled(f16)),
-            "keys": tiles(self.keys.slots(keys)),
-            "values": tiles(self.values.slots(values)),
-            "weights": plgpu.SMEM((wg, self.width, ROWS), f16, transforms=hopper.tiled(f16)),
-            "scales": plgpu.SMEM((wg, self.values.spread), f16),
-            "warps": plgpu.SMEM((wg, 4, self.width), jnp.float32),
-            "full": hopper.ring_barriers(len(keys + values), wg, c.stages, self.interpret),
-            "ready": plgpu.Barrier(num_arrivals=1),
-        }
-        if self.interpret:
-            scratch["staged"] = plgpu.SMEM((wg, ROWS, ROWS), f16)
-        f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-        n, h = parts * wg, self.values.width
-        kernel = plgpu.kernel(
-            _Body(self, parts, len(masks)),
-            out_type=[
-                f32(rows * n * self.group, h),
-                f32(rows * n * self.group, 1),
-                *[f32(rows * self.group, self.tokens)] * self.weights,
-            ],
-            grid=(rows, parts),
-            grid_names=("head", "part"),
-            num_threads=wg,
-            thread_name="wg",
-            scratch_types=scratch,
-            compiler_params=plgpu.CompilerParams(
-                lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-            ),
-            interpret=plgpu.InterpretGPUParams() if self.interpret else None,
-        )  # fmt: skip
-        x, logs, *scores = kernel(q, bounds, *masks, *keys, *values)
-        parts = x.reshape(rows, n, self.group, h), logs.reshape(rows, n, self.group)
-        return *parts, *(s.reshape(rows, self.group, self.tokens) for s in scores)
-
-
-class _Body:
-    """The kernel's body, for one warpgroup."""
-
-    def __init__(self, problem: _Problem, parts: int, masks: int):
-        self.problem, self.parts, self.masks = problem, parts, masks
-
-    def __call__(self, *refs: Any, **scratch: Any) -> None:
-        p, c, interpret = self.problem, self.problem.config, self.problem.interpret
-        q, bounds, *arrays = refs
-        score_outs = [arrays.pop() for _ in range(p.weights)]
-        *arrays, out, logs = arrays
-        masks, arrays = arrays[: self.masks], arrays[self.masks :]
-        wg, head, part = (lax.axis_index(a) for a in ("wg", "head", "part"))
-        k, v = p.keys, p.values
-        low, high = bounds[head, 0], bounds[head, 1]
-        first, last = lax.div(low, ROWS), lax.div(high + ROWS - 1, ROWS)
-        share = lax.div(last - first + self.parts - 1, self.parts)
-        start = first + part * share  # tiles of this block
-        stop = jnp.minimum(start + share, last)
-        mine = jnp.maximum(0, lax.div(stop - start - wg + c.warpgroups - 1, c.warpgroups))
-        tile = lambda i: start + wg + i * c.warpgroups
-
-        @pl.when(wg == 0)
-        def _() -> None:
-            pieces = pl.ds(head * k.pieces, k.pieces)
-            plgpu.copy_gmem_to_smem(q.at[pieces], scratch["q"], scratch["ready"])
-
-        slots, n_keys = [*scratch["keys"], *scratch["values"]], len(scratch["keys"])
-        ring = hopper.Ring(slots, scratch["full"], wg, c.stages, interpret)
-        stored = lax.div(head, p.share) * (p.tokens // ROWS)
-        fetch = lambda i: ring.fetch(i, arrays, stored + tile(i), i < mine)
-        ring.start()
-        for i in range(c.stages):
-            fetch(jnp.int32(i))
-        plgpu.barrier_wait(scratch["ready"])
-        shape = (ROWS, p.width)
-        constant = lambda x: plgpu.layout_cast(jnp.full(shape, x, jnp.float32), hopper.WGMMA)
-
-        staged = scratch["staged"].at[wg] if interpret else None
-
-        def scores(refs: list[Any]) -> jax.Array:
-            def scope(acc: Any) -> jax.Array:
-                for a, piece, column in k.operands(refs, interpret):
-                    own = scratch["q"].at[piece, :, pl.ds(column, 64)]
-                    hopper.mma(acc, a, own.T, staged)
-                plgpu.wgmma_wait(0)
-                return acc[...]
-
-            return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-
-        def weights(i: Any, refs: list[Any], top: jax.Array) -> tuple[jax.Array, ...]:
-            x = scores(refs)
-            if p.soft_cap is not None:
-                x = (p.soft_cap * LOG2E) * jnp.tanh(x * (1 / p.soft_cap))
-            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=hopper.WGMMA)
-            row = (row & 48) + 2 * (row & 7) + ((row >> 3) & 1) if k.paired else row
-            token = tile(i) * ROWS + row
-            inside = (token >= low) & (token < high)
-            for mask in masks:
-                of = head if p.masks == p.heads else lax.div(head, p.heads)
-                words = [mask[of, 2 * tile(i) + half] for half in range(2)]
-                word = jnp.where(row < 32, words[0], words[1])
-                inside &= ((word >> (row & 31)) & 1) != 0
-            x = jnp.where(inside, x, NEVER)
-            found = hopper.over_rows("max", x, scratch["warps"].at[wg], interpret)
-            for ref in score_outs:
-                hopper.store_transposed(
-                    ref, x, head * p.group, tile(i) * ROWS, head * p.group + p.group, interpret,
-                    paired=k.paired, rows=p.group,
-                )  # fmt: skip
-            best = jnp.maximum(top, found)
-            y = jnp.exp2(x - best).astype(jnp.float16).astype(jnp.float32)
-            return best, jnp.exp2(top - best), y
-
-        def step(i: Any, carry: Any) -> Any:
-            top, total, outs = carry
-            ring.wait(i)
-            refs, scales = ring.tile(i), scratch["scales"].at[wg]
-            best, old, y = weights(i, refs[:n_keys], top)
-            refs = refs[n_keys:]
-            hopper.store_weights(scratch["weights"].at[wg], y, interpret, k.paired)
-            v.stage(refs, scales, interpret)
-            if not interpret:
-                plgpu.commit_smem()
-
-            def scope(*accs: Any) -> list[jax.Array]:
-                for acc, a in zip(accs, v.operands(refs, scales, interpret)):
-                    hopper.mma(acc, a, scratch["weights"].at[wg].T, staged)
-                plgpu.wgmma_wait(0)
-                return [acc[...] for acc in accs]
-
-            found = pl.run_scoped(scope, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * v.tiles)
-            hopper.sync(interpret)
-            fetch(i + c.stages)
-            return best, total * old + y, [o * old + x for o, x in zip(outs, found)]
-
-        zero = [constant(0.0) for _ in range(v.tiles)]
-        carry = (constant(NEVER), constant(0.0), zero)
-        top, total, outs = lax.fori_loop(0, mine, step, carry)
-        row = (head * self.parts + part) * c.warpgroups + wg
-        hopper.sync(interpret)
-        total = hopper.over_rows("sum", total, scratch["warps"].at[wg], interpret)
-        share = jnp.where(total == 0, 0.0, 1 / total)
-        for j, x in enumerate(outs):
-            hopper.store_transposed(
-                out, x * share, row * p.group, jnp.int32(64 * j),
-                row * p.group + p.group, interpret, paired=True, rows=p.group,
-            )  # fmt: skip
-        found = jnp.where(total == 0, NEVER, top + jnp.log2(jnp.where(total == 0, 1.0, total)))
-        hopper.store_first(logs, found, row * p.group, jnp.int32(0), p.group, interpret)

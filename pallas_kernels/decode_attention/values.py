@@ -7,25 +7,8 @@ from typing import Any
 import jax
 
 from .. import hopper
-from ..codecs import PerToken
 from ..hopper import ROWS
-from .keys import plan_of
-from .rows import Rows
 from .token_rows import TokenRows
-
-
-def refusal(rows: Rows) -> str:
-    """Why values can't be taken; "" where they can."""
-    codec = rows.codec
-    plan = plan_of(codec.codec) if isinstance(codec, PerToken) else None
-    if plan is None:
-        return f"no kernel for {codec.name}"
-    row_bytes, group = rows.width * plan.bits // 8, codec.codec.group  # pyright: ignore
-    if rows.width % 64 or row_bytes not in (16, 32, 64, 128):
-        return f"rows of {rows.width} elements in {codec.name} are {row_bytes} bytes, not 16, 32, 64 or 128"
-    if group is not None and group < rows.width and group % 16:
-        return f"groups of {group} are no multiple of 16"
-    return ""
 
 
 class Values(TokenRows):

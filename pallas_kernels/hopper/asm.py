@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm, scf, vector
 
 Value = Any  # an ir.Value
 
@@ -115,3 +115,18 @@ def extract(x: Value, i: int) -> Value:
 
 def vector_of(kind: ir.Type, values: list[Value]) -> Value:
     return vector.from_elements(kind, values)
+
+
+def either(
+    condition: Value,
+    kinds: list[ir.Type],
+    yes: Callable[[], list[Value]],
+    no: Callable[[], list[Value]],
+) -> list[Value]:
+    """What `yes` makes where a condition holds that all threads of a warp share, else what `no` makes."""
+    branch = scf.IfOp(condition, kinds, has_else=True)
+    for block, make in ((branch.then_block, yes), (branch.else_block, no)):
+        assert block is not None
+        with ir.InsertionPoint(block):
+            scf.yield_(make())
+    return list(branch.results)

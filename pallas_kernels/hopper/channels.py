@@ -37,61 +37,75 @@ def expand_channels(
     chunk: int,
     plan: Plan,
     *,
+    tiles: int,
     tokens: int,
     width: int,
     interpret: bool,
-) -> jax.Array:
-    """64 tokens and 64 channels as an A operand ``f16[64, 64]``.
+) -> list[jax.Array]:
+    """64 channels of tiles of 64 tokens as A operands ``f16[64, 64]``.
+
+    A warp takes 16 tokens of each tile, one after the other: where those are in one block, it reads its bytes and
+    tables once for all.
 
     Args:
-      codes: flat in shared memory: ``uint8[64 / tokens, width, tokens * bits / 8]``.
-      tables: of the plan, each flat ``f16[64 / tokens, width]``.
+      codes: flat in shared memory: ``uint8[tiles * 64 / tokens, width, tokens * bits / 8]``.
+      tables: of the plan, each flat ``f16[tiles * 64 / tokens, width]``.
       chunk: which 64 channels.
+      tiles: 1 or 2.
       tokens: of a block, 32 or 64.
 
     Returns:
-      Row ``16 w + g + 8 r`` is token ``16 w + 2 g + r``; columns are as `permute_channels` has them.
+      Row ``16 w + g + 8 r`` of tile t is token ``16 (tiles w + t) + 2 g + r``; columns are as `permute_channels` has
+      them.
     """
     if interpret:
         plain = [t[...].reshape(-1, width) for t in tables]
-        return _plain(codes[...].reshape(ROWS // tokens, width, -1), plain, chunk, plan)
+        return _plain(
+            codes[...].reshape(-1, width, tokens * plan.bits // 8), plain, chunk, plan, tiles
+        )
     row_bytes = tokens * plan.bits // 8
 
     @asm.inline(
         arg_types=(plgpu.RefType(), [plgpu.RefType()] * len(tables)),
-        return_type=plgpu.ShapeDtypeStruct((ROWS, ROWS), jnp.float16, layout=WGMMA),
+        return_type=[plgpu.ShapeDtypeStruct((ROWS, ROWS), jnp.float16, layout=WGMMA)] * tiles,
     )
     def run(ctx, codes, tables):
         halves, (warp, _, q) = halves_of(plan), asm.lanes()
-        block = arith.shrui(warp, asm.const(1)) if tokens == 32 else asm.const(0)
+        first, many = arith.muli(warp, asm.const(tiles)), tokens // 16  # of 16 tokens
+        block = arith.muli(arith.divui(first, asm.const(many)), asm.const(width))
         load = _load_narrow if row_bytes == 8 else _load
-        words, piece = load(
-            codes, arith.muli(block, asm.const(width)), warp, chunk, tokens, row_bytes
-        )
-        field = halves.field(piece)
-        registers = np.empty((8, 2), dtype=object)
+        own = lambda t: arith.andi(arith.addi(first, asm.const(t)), asm.const(many - 1))
+        turns = [t if tiles == many else own(t) for t in range(tiles)]
+        words, pieces = load(codes, block, turns, chunk, row_bytes)
+        fields = list(map(halves.field, pieces))
+        registers = [np.empty((8, 2), dtype=object) for _ in range(tiles)]
         for m in range(4):
             channel = arith.addi(arith.muli(q, asm.const(4)), asm.const(64 * chunk + 16 * m))
-            channel = arith.addi(arith.muli(block, asm.const(width)), channel)
+            channel = arith.addi(block, channel)
             found = [_load_four(t, channel) for t in tables]
             for b in range(2):
                 scale, *second = (pairs[b] for pairs in found)
                 rest = halves.rest(scale, *second) if second else None
                 scale = halves.scale(scale)
-                for r, word in enumerate(halves.places(words[2 * m + b])):
-                    level = halves.level(word, field)
-                    registers[2 * m + b, r] = halves.scaled(level, scale, rest)
-        return asm.array(registers, WGMMA, (ROWS, ROWS))
+                for own, field, out in zip(words, fields, registers):
+                    for r, word in enumerate(halves.places(own[2 * m + b])):
+                        level = halves.level(word, field)
+                        out[2 * m + b, r] = halves.scaled(level, scale, rest)
+        return [asm.array(x, WGMMA, (ROWS, ROWS)) for x in registers]
 
     return run(codes, tables)
 
 
 def _load(
-    ref: Any, first: Any, warp: Any, chunk: int, tokens: int, row_bytes: int
-) -> tuple[list[Any], Any]:
-    """A thread's words, and the piece of their bytes that is its own.
+    ref: Any, first: Any, turns: list[Any], chunk: int, row_bytes: int
+) -> tuple[list[list[Any]], list[Any]]:
+    """For some 16 tokens each a thread's words, and the piece of their bytes that is its own.
 
-    A word is bytes 2 g and 2 g + 1 of a warp's 16, of channels ``16 m + 4 q + 2 b`` and the next.
+    A word is bytes 2 g and 2 g + 1 of 16, of channels ``16 m + 4 q + 2 b`` and the next.
+
+    Args:
+      first: channel of the block, of all.
+      turns: which 16 of the block's tokens.
     """
     lane = _lane()
     bit = lambda i, to: arith.muli(
@@ -100,19 +114,35 @@ def _load(
     own = arith.muli(arith.andi(arith.shrui(lane, asm.const(1)), asm.const(3)), asm.const(4))
     channel = arith.addi(arith.addi(bit(4, 16), bit(3, 2)), arith.addi(own, bit(0, 1)))
     channel = arith.addi(arith.addi(first, channel), asm.const(64 * chunk))
-    turn = arith.andi(warp, asm.const(tokens // 16 - 1))  # which 16 of the block's tokens
-    sixteens = row_bytes // 16
-    column = arith.muli(arith.andi(turn, asm.const(sixteens - 1)), asm.const(16))
-    place = arith.addi(arith.muli(channel, asm.const(row_bytes)), column)
-    place = arith.addi(llvm.ptrtoint(asm.i32(), asm.pointer(ref)), place)
-    words = load_matrices(place)
-    words += load_matrices(arith.addi(place, asm.const(32 * row_bytes)))
-    return words, arith.divui(turn, asm.const(sixteens))
+    row = arith.muli(channel, asm.const(row_bytes))
+    row = arith.addi(llvm.ptrtoint(asm.i32(), asm.pointer(ref)), row)
+    words, pieces = [], []
+    for turn in turns:
+        column, piece = _divided(turn, row_bytes // 16)
+        pieces.append(piece)
+        if words and row_bytes == 16:  # the same bytes
+            words.append(words[0])
+            continue
+        column = (
+            asm.const(16 * column) if isinstance(column, int) else arith.muli(column, asm.const(16))
+        )
+        place = arith.addi(row, column)
+        words.append(
+            load_matrices(place) + load_matrices(arith.addi(place, asm.const(32 * row_bytes)))
+        )
+    return words, pieces
+
+
+def _divided(x: int | Any, by: int) -> tuple[Any, Any]:
+    """Remainder and quotient by a power of two, of a number or a register."""
+    if isinstance(x, int):
+        return x % by, x // by
+    return arith.andi(x, asm.const(by - 1)), arith.divui(x, asm.const(by))
 
 
 def _load_narrow(
-    ref: Any, first: Any, warp: Any, chunk: int, tokens: int, row_bytes: int
-) -> tuple[list[Any], Any]:
+    ref: Any, first: Any, turns: list[Any], chunk: int, row_bytes: int
+) -> tuple[list[list[Any]], list[Any]]:
     """The same where a channel has 8 bytes: a row that is loaded holds two channels, and half of the threads get each.
 
     So threads whose tokens are in the same bytes swap words, and each keeps other pieces.
@@ -131,8 +161,8 @@ def _load_narrow(
     for word in found:
         other = mgpu.utils.shfl_bfly(word, 16)
         words += [asm.word("prmt.b32 $0, $1, $2, $3;", word, other, s) for s in (low, high)]
-    piece = arith.muli(arith.andi(warp, asm.const(1)), asm.const(2))
-    return words, arith.addi(piece, half)
+    twice = lambda t: asm.const(2 * t) if isinstance(t, int) else arith.muli(t, asm.const(2))
+    return [words] * len(turns), [arith.addi(twice(t), half) for t in turns]
 
 
 def _lane() -> Any:
@@ -146,12 +176,15 @@ def _load_four(table: Any, i: Any) -> list[Any]:
     return [asm.extract(v, 0), asm.extract(v, 1)]
 
 
-def _plain(codes: jax.Array, tables: list[jax.Array], chunk: int, plan: Plan) -> jax.Array:
+def _plain(
+    codes: jax.Array, tables: list[jax.Array], chunk: int, plan: Plan, tiles: int
+) -> list[jax.Array]:
     codes = codes[:, 64 * chunk : 64 * chunk + 64].astype(jnp.int32)
     scale, *second = (t[:, 64 * chunk : 64 * chunk + 64, None].astype(jnp.float32) for t in tables)
     pieces = [(codes >> f.shift) & (2**f.width - 1) for (f,) in plan.fields]
     x = level_of(jnp.concatenate(pieces, axis=-1), plan) * scale
     if second:
         x += -scale * second[0] if plan.has_zero else second[0]
-    x = permute_channels(x.astype(jnp.float16).swapaxes(1, 2).reshape(ROWS, ROWS))
-    return x.reshape(4, 8, 2, ROWS).swapaxes(1, 2).reshape(ROWS, ROWS)
+    x = permute_channels(x.astype(jnp.float16).swapaxes(1, 2).reshape(-1, ROWS))
+    x = x.reshape(4, tiles, 8, 2, ROWS).transpose(1, 0, 3, 2, 4)
+    return list(x.reshape(tiles, ROWS, ROWS))

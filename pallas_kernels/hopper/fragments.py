@@ -369,9 +369,19 @@ class _Ints(_Maker):
     def pair(self, words: list[Any], fields: tuple[Field, ...], o: int) -> Any:
         if self.plan.bits == 8 and self.dtype == jnp.bfloat16:
             return self.byte(words[0], o)
+        if self.dtype == jnp.float16 and self.plan.streams == 1 and not self.plan.has_zero:
+            return self.in_place(words[0], fields[0], o)
         x = self.code(words, fields, o, self.magic)
         less = MAGIC[self.dtype.name] + self.plan.middle
         return x if self.plan.has_zero else self.sub(x, self.constant(less))
+
+    def in_place(self, word: Any, field: Field, o: int) -> Any:
+        """A code less `middle` from where it lies: exact, and without a shift of its own; see `halves`."""
+        v = arith.shrui(word, asm.const(8)) if o else word
+        mask = asm.const(asm.both((2**field.width - 1) << field.shift))
+        x, up = asm.word("lop3.b32 $0, $1, $2, $3, 0xEA;", v, mask, self.magic), 2.0**field.shift
+        less = MAGIC[self.dtype.name] / up + self.plan.middle
+        return self.fma(x, self.constant(1 / up), self.constant(-less))
 
     def byte(self, word: Any, o: int) -> Any:
         """A code less 128: its low 7 bits over 128, less 256 or, where the high bit is set, 128."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import arith, vector
 
 from . import asm
 from .fragments import Plan
@@ -82,6 +82,10 @@ class Halves:
         """What the stored scale of two tokens or channels is to what `level` gives."""
         return scale
 
+    def unit(self, scale: Any) -> Any:
+        """The same of float32."""
+        return scale
+
     def rest(self, scale: Any, second: Any) -> Any:
         """What scaled levels lack: the mean, or zeros times ``-scale``."""
         if not self.plan.has_zero:
@@ -111,7 +115,7 @@ class FourLevels(Halves):
 
     def __init__(self, plan: Plan):
         super().__init__(plan)
-        self.unit = (3 * plan.levels[2] + 10 * plan.levels[3]) / (3**2 + 10**2)
+        self.step = (3 * plan.levels[2] + 10 * plan.levels[3]) / (3**2 + 10**2)
         self.table = asm.const(
             sum(int(np.float16(x).view(np.uint16)) >> 8 << 8 * i for i, x in enumerate(THIRDS))
         )
@@ -139,7 +143,12 @@ class FourLevels(Halves):
         return asm.word("prmt.b32 $0, $1, $2, $3;", self.table, asm.const(0), chosen)
 
     def scale(self, scale: Any) -> Any:
-        return self.mul(scale, self.constant(self.unit))
+        return self.mul(scale, self.constant(self.step))
+
+    def unit(self, scale: Any) -> Any:
+        kind = ir.VectorType(scale.type)
+        step = vector.broadcast(kind, arith.constant(kind.element_type, self.step))
+        return arith.mulf(scale, step)
 
 
 def halves_of(plan: Plan) -> Halves:

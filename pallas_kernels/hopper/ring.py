@@ -34,8 +34,9 @@ class Ring:
     """The ring of warpgroup `index`.
 
     Attributes:
-      slots: for each array ``[rings, stages, *tile]``; a tile is flat, or `tiled` rows, 64 of them.
+      slots: for each array ``[rings, stages, *tiles]``; tiles are flat, or `tiled` rows, 64 of each.
       barriers: of all rings.
+      tiles: that are copied together.
     """
 
     slots: list[Any]
@@ -43,6 +44,7 @@ class Ring:
     index: Any
     stages: int
     interpret: bool
+    tiles: int = 1
 
     def start(self) -> None:
         """Before anything else."""
@@ -61,17 +63,17 @@ class Ring:
         run(self.barriers, self.index)
         sync(self.interpret)
 
-    def tile(self, i: Any) -> list[Any]:
+    def slot(self, i: Any) -> list[Any]:
         """What the i-th copy of each array fills."""
         slot = lax.rem(i, self.stages)
         return [ref.at[self.index, slot] for ref in self.slots]
 
     def fetch(self, i: Any, arrays: list[Any], tile: Any, wanted: Any) -> None:
-        """Starts the i-th copies: of tile `tile` of every array, if `wanted`."""
+        """Starts the i-th copies: from tile `tile` of every array on, if `wanted`."""
         if self.interpret:
             pl.when(wanted)(lambda: self._fetch_plainly(i, arrays, tile))
             return
-        to = self.tile(i)
+        to = self.slot(i)
         nbytes = sum(math.prod(t.shape) * jnp.dtype(t.dtype).itemsize for t in to)
         kinds = [plgpu.RefType(_transforms(t)) for t in to]
 
@@ -84,7 +86,7 @@ class Ring:
                 barrier = _barrier(barriers, asm.scalar(place))
                 barrier.arrive_expect_tx(nbytes)
                 for array, ref in zip(arrays, to):
-                    _copy(ctx, array, ref, asm.scalar(tile), barrier)
+                    self._copy(ctx, array, ref, asm.scalar(tile), barrier)
 
         run(arrays, to, self.barriers, self._place(i), tile, wanted.astype(jnp.int32))
 
@@ -105,10 +107,25 @@ class Ring:
         return self.index * self.stages + lax.rem(i, self.stages)
 
     def _fetch_plainly(self, i: Any, arrays: list[Any], tile: Any) -> None:
-        for array, to in zip(arrays, self.tile(i)):
+        for array, to in zip(arrays, self.slot(i)):
             n = to.shape[0]
-            source, barrier = array.at[pl.ds(tile * n, n)], self.barriers.at[self._place(i)]
-            plgpu.copy_gmem_to_smem(source, to, barrier)
+            source = array.at[pl.ds(tile * (n // self.tiles), n)]
+            plgpu.copy_gmem_to_smem(source, to, self.barriers.at[self._place(i)])
+
+    def _copy(self, ctx: Any, array: Any, to: Any, tile: Any, barrier: Any) -> None:
+        shape, index = ir.MemRefType(to.type).shape, ir.IndexType.get()
+        at = lambda n: arith.index_cast(index, arith.muli(tile, asm.const(n // self.tiles)))
+        options: dict[str, Any] = {"src_ref": array, "dst_ref": to, "barrier": barrier}
+        options |= {"arrive": False, "predicate": None}
+        if len(shape) == 1:
+            options["oob_mode"] = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+            ctx.async_copy(gmem_slice=(mgpu.ds(at(shape[0]), shape[0]),), **options)
+            return
+        rows, row_bytes = ROWS * self.tiles, shape[-1]
+        ctx.async_copy(
+            gmem_slice=(mgpu.ds(at(rows), rows), slice(None)), swizzle=row_bytes,
+            gmem_transform=mgpu.TileTransform((8, row_bytes)), **options,
+        )  # fmt: skip
 
 
 def _transforms(tile: Any) -> tuple[Any, ...]:
@@ -122,19 +139,3 @@ def _one_thread() -> Any:
 def _barrier(barriers: Any, i: Any) -> Any:
     pointer = asm.at(asm.pointer(barriers), i, asm.i64())
     return mgpu.utils.BarrierRef(pointer, asm.const(0), None, 1)  # pyright: ignore
-
-
-def _copy(ctx: Any, array: Any, to: Any, tile: Any, barrier: Any) -> None:
-    shape, index = ir.MemRefType(to.type).shape, ir.IndexType.get()
-    at = lambda n: mgpu.ds(arith.index_cast(index, arith.muli(tile, asm.const(n))), n)
-    options: dict[str, Any] = {"src_ref": array, "dst_ref": to, "barrier": barrier}
-    options |= {"arrive": False, "predicate": None}
-    if len(shape) == 1:
-        options["oob_mode"] = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
-        ctx.async_copy(gmem_slice=(at(shape[0]),), **options)
-        return
-    row_bytes = shape[-1]
-    ctx.async_copy(
-        gmem_slice=(at(ROWS), slice(None)), swizzle=row_bytes,
-        gmem_transform=mgpu.TileTransform((8, row_bytes)), **options,
-    )  # fmt: skip

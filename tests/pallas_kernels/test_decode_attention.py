@@ -179,6 +179,10 @@ GPU = {
 }
 GPU_SLOW = {
     "int4, window": ("int4-g64", 256, {"window": 70}, Config(1, 2, 2), {"s": 256}),
+    "int4, an odd tile": ("int4-g64", 150, {"window": 70, "weights": True}, Config(1, 2, 1, 2), {"s": 192}),
+    "int4, many queries": ("int4-g64", 150, {"holes": 1, "weights": True}, Config(2, 2, 1), {"s": 192, "n": 12}),
+    "int4, heads of 64": ("int4-g32", 100, {}, Config(1, 2, 1), {"h": 64}),
+    "int2, rows of 32 bytes": ("int2-g64-sym", 128, {}, Config(2, 2, 1, 2), {}),
     "int4, holes": ("int4-g64", 250, {"holes": 1, "weights": True}, Config(1, 2, 2), {"s": 256}),
     "int4, ragged heads": ("int4-g64", [250, 3], {"window": 70, "weights": True}, Config(1, 2, 2), {"s": 256, "k": 2}),
     "int4, a pool": ("int4-g64", 250, {"holes": 2, "weights": True}, Config(1, 2, 2), {"s": 256}),
@@ -193,10 +197,12 @@ GPU_SLOW = {
     "2-bit levels": ("lm2-g32", 128, {}, Config(1, 1, 1), {"h": 256}),
     "kv4": (KV[4], 250, {"holes": 1, "weights": True}, Config(2, 2, 1), {"s": 256}),
     "kv3": ((KV[4][0], KV[2][1]), 100, {}, Config(1, 1, 1), {}),
-    "kv2": (KV[2], 250, {"window": 100}, Config(2, 2, 1), {"s": 256}),
-    "kivi2": (kivi(2), 128, {"holes": 1, "weights": True}, Config(1, 1, 1), {}),
+    "kv2": (KV[2], 250, {"window": 100}, Config(2, 2, 1, 2), {"s": 256}),
+    "kivi2": (kivi(2), 150, {"holes": 1, "weights": True}, Config(1, 1, 1, 2), {"s": 192}),
+    "kivi2, many queries": (kivi(2), 128, {"holes": 1, "weights": True}, Config(1, 1, 1), {"n": 9}),
+    "kivi4": (kivi(4), 128, {"window": 90}, Config(1, 1, 1, 2), {}),
     "kivi4, heads of 64": (kivi(4), 128, {}, Config(1, 1, 1), {"h": 64}),
-    "kivi4, blocks of 64": (kivi(4, 64), 128, {}, Config(1, 1, 1), {}),
+    "kivi4, blocks of 64": (kivi(4, 64), 128, {}, Config(1, 1, 1, 2), {}),
     "int8 per channel": ((per_channel("int8", 32), per_token("int8")), 128, {}, Config(1, 1, 1), {}),
 }  # fmt: skip
 
@@ -264,7 +270,9 @@ def parts_and_rows(b=1, k=2, parts=6, g=2, h=64, rows=(), heads=1):
 
 
 @pytest.mark.parametrize(
-    "codecs", ["int8", "int4-g64-sym", "int4-g32", KV[4], KV[2], kivi(2), kivi(4)], ids=str
+    "codecs",
+    ["int8", "int4-g64-sym", "int4-g32", "int2-g64", KV[4], KV[2], kivi(2), kivi(4)],
+    ids=str,
 )
 def test_an_exported_program_holds_the_kernel_for_cuda(codecs):
     shapes = jax.eval_shape(lambda: gpu_operands(codecs))
@@ -281,7 +289,7 @@ def test_an_exported_program_holds_the_kernel_for_cuda(codecs):
     [
         (per_token("int4-g32"), {"dtype": "float8_e4m3fn"}, "q is float8_e4m3fn"),
         (per_token("int4-g32"), {"s": 96}, "S = 96"),
-        (per_token("int4-g32"), {"h": 64}, "32 bytes, not 64 or 128"),
+        (per_token("int4-g32"), {"h": 64, "n": 32}, "32 bytes, not 64 or 128"),
         (per_channel("int4-asym", 16), {}, "keys: int4 per channel of 16 tokens: a block has 32"),
         (per_channel("lm4-f32"), {}, "keys: lm4-f32 per channel of 32 tokens: scales are not float16"),
         (per_token("lm3-g32"), {}, "keys: no kernel for lm3"),
