@@ -28,7 +28,8 @@ def matmul(
     Args:
       x: ``[*B, M, K]``, float.
       w: a packed ``[*B, N, K]``, encoded along K.
-      precision: as in `jax.lax.dot_general`.
+      precision: as in `jax.lax.dot_general`. By default `x` is rounded to bfloat16 on a TPU, and on a Hopper GPU one or
+        two rows (up to 4 for 2 bits) to 16 bits, relative to the largest of 64 or 128 columns; else it is not.
       preferred_element_type: as in `jax.lax.dot_general`.
       implementation: one of `IMPLEMENTATIONS`, or None for the best that this backend has for these shapes.
 

@@ -12,6 +12,7 @@ from .. import hopper, tpu
 from ..codecs import Packed
 from ..op import Op, one_by_one
 from . import digits, many_rows, mosaic_gpu, mosaic_tpu, reference, tuned, w8a8, xla
+from .precision import is_exact
 
 WHOLE_BYTES = (
     2**30
@@ -117,7 +118,7 @@ def _on_cuda(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
     if takes_many:
         config = tuned.many(plan, len(folded), rows, n, k)
         out = many_rows.matmul(folded, one, config, out_dtype=dtype)
-    elif config := _digits_of(folded, one):
+    elif not is_exact(options["precision"]) and (config := _digits_of(folded, one)):
         out = digits.matmul(folded, one, config, out_dtype=dtype)
     else:
         out = mosaic_gpu.matmul(folded, one, tuned.config(plan, rows, n, k), out_dtype=dtype)

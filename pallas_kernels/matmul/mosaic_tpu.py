@@ -35,6 +35,7 @@ from ..codecs.nf4 import LEVELS
 from ..codecs.packing import PLANES
 from ..tpu import LANES, VMEM_BYTES, as_float32, four_bytes, loadable
 from .layout import is_stored_as_shown
+from .precision import is_exact
 
 UNROLL = 8  # pieces of tiles that are scheduled together
 ROW_BLOCK = 512  # rows of the weight in a block
@@ -71,7 +72,7 @@ def matmul(
     """
     if reason := refusal(x, w):
         raise NotImplementedError(f"`w`: {reason}; use implementation='xla'")
-    dtype = jnp.float32 if _is_exact(precision) else jnp.bfloat16
+    dtype = jnp.float32 if is_exact(precision) else jnp.bfloat16
     *batch, m, _ = x.shape
     cut = plan(x, w, dtype)
     flat = lambda a: a.reshape(math.prod(batch), *a.shape[len(batch) :])
@@ -97,11 +98,6 @@ def refusal(x: jax.Array, w: Packed) -> str:
     if len(planes) > 1 and length % multiple:
         return f"K is {length}; the planes of {codec.name} start at whole tiles for multiples of {multiple}"
     return ""
-
-
-def _is_exact(precision: Any) -> bool:
-    wanted = precision if isinstance(precision, tuple) else (precision,)
-    return any(p not in (None, "default", lax.Precision.DEFAULT) for p in wanted)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -145,6 +145,16 @@ def test_digits_keep_what_a_row_says():
     assert np.all(np.isnan(got[2]))
 
 
+def test_digits_are_not_for_a_high_precision(monkeypatch):
+    taken = []
+    kernel = digits.matmul
+    monkeypatch.setattr(digits, "matmul", lambda *a, **k: taken.append(1) or kernel(*a, **k))
+    for precision, count in (("highest", 0), (None, 1)):
+        run = jax.jit(functools.partial(matmul, precision=precision))
+        run.trace(*shapes("int4-g128", 1, 512, 64)).lower(lowering_platforms=("cuda",))
+        assert len(taken) == count
+
+
 @pytest.mark.parametrize("name", MANY)
 def test_many_rows(name):
     check(MANY[name], kernel=many_rows, batch=2)
