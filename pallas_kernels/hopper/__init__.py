@@ -36,12 +36,10 @@ from .nibbles import expand_nibbles as expand_nibbles
 from .queries import stage_rows as stage_rows
 from .ring import Ring as Ring
 from .ring import ring_barriers as ring_barriers
-from .signed_bytes import RADIX as RADIX
 from .signed_bytes import add_digits as add_digits
 from .signed_bytes import excess as excess
 from .signed_bytes import expand_bytes as expand_bytes
 from .signed_bytes import load_for_digits as load_for_digits
-from .signed_bytes import permute_bytes as permute_bytes
 from .softmax import add_rows as add_rows
 from .softmax import column as column
 from .softmax import column_sums as column_sums

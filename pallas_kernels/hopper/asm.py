@@ -12,6 +12,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, scf, vector
 
 Value = Any  # an ir.Value
+ONES = 0x01010101  # a byte in each of four
 
 
 def inline(

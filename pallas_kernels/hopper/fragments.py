@@ -487,9 +487,7 @@ def _values(
     Args:
       columns: its terms, spread over the numbers; none for levels unscaled.
     """
-    fields = plan.fields[piece]
-    code = sum(((streams[f.stream] >> f.shift) & (2**f.width - 1)) << f.up for f in fields)
-    level = level_of(jnp.asarray(code), plan)
+    level = level_of(code_of(streams, plan.fields[piece]), plan)
     if plan.has_zero:
         level = level + offset_of(plan, dtype)
     if plan.has_zero and columns:
@@ -498,6 +496,12 @@ def _values(
     elif columns:
         level = level * columns[0] + (columns[1] if columns[1:] else 0)
     return level.astype(dtype)
+
+
+def code_of(streams: Sequence[jax.Array], fields: tuple[Field, ...]) -> jax.Array:
+    """Codes put together from their fields in the bytes of every stream, int32."""
+    parts = (((streams[f.stream] >> f.shift) & (2**f.width - 1)) << f.up for f in fields)
+    return jnp.asarray(sum(parts))
 
 
 def level_of(code: jax.Array, plan: Plan) -> jax.Array:

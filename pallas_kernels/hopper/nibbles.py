@@ -16,8 +16,6 @@ from . import asm
 from .layout import ROW, ROWS
 from .whole_bytes import LINE
 
-ONES = 0x01010101  # a byte in each of four
-
 
 def expand_nibbles(
     codes: jax.Array, piece: int, scales: Sequence[jax.Array], interpret: bool
@@ -55,16 +53,16 @@ def expand_nibbles(
 def _factors(scale: Any) -> tuple[Any, Any]:
     """The scale, and 128 less 8 times it in each byte."""
     s = arith.extsi(asm.i32(), asm.extract(scale, 0))
-    return s, arith.addi(arith.muli(s, asm.const(-8 * ONES)), asm.const(128 * ONES))
+    return s, arith.addi(arith.muli(s, asm.const(-8 * asm.ONES)), asm.const(128 * asm.ONES))
 
 
 def _levels(word: Any, piece: int, factors: tuple[Any, Any] | None) -> Any:
     """Four bytes at once: every one of them stays in 0 to 255 until its sign bit is changed."""
     if factors is None:
         word = word if piece else arith.shli(word, asm.const(4))
-        word = arith.andi(word, asm.const(0xF0 * ONES))
+        word = arith.andi(word, asm.const(0xF0 * asm.ONES))
     else:
         word = arith.shrui(word, asm.const(4)) if piece else word
-        word = arith.andi(word, asm.const(0x0F * ONES))
+        word = arith.andi(word, asm.const(0x0F * asm.ONES))
         word = arith.addi(arith.muli(word, factors[0]), factors[1])
-    return arith.xori(word, asm.const(0x80 * ONES))
+    return arith.xori(word, asm.const(0x80 * asm.ONES))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
@@ -30,12 +31,9 @@ def stage_rows(
     """
     pieces, width, columns = to.shape
     if interpret:
-        own = rows[pl.ds(first, count)].astype(jnp.float32) * scale
-        own = jnp.clip(own, -LARGEST, LARGEST).reshape(-1, *[2] * 6)
-        axes = [6 - int(order[1 << bit]).bit_length() for bit in reversed(range(6))]
-        own = own.transpose(0, *(1 + axis for axis in axes))
+        own = in_order(rows[pl.ds(first, count)], order, scale)
         own = own.reshape(count, pieces, columns).swapaxes(0, 1)
-        to[...] = jnp.pad(own, ((0, 0), (0, width - count), (0, 0))).astype(to.dtype)
+        to[...] = jnp.pad(own, ((0, 0), (0, width - count), (0, 0)))
         return
     places = [int(order[1 << bit]) for bit in range(6)]
 
@@ -81,6 +79,14 @@ def stage_rows(
             )
 
     run(to, rows, first)
+
+
+def in_order(rows: jax.Array, order: np.ndarray, scale: float) -> jax.Array:
+    """What `stage_rows` makes of ``[R, H]``, in plain jnp: ``f16[R, H]``."""
+    own = jnp.clip(rows.astype(jnp.float32) * scale, -LARGEST, LARGEST).astype(jnp.float16)
+    axes = [6 - int(order[1 << bit]).bit_length() for bit in reversed(range(6))]
+    own = own.reshape(-1, *[2] * 6).transpose(0, *(1 + axis for axis in axes))
+    return own.reshape(rows.shape)
 
 
 def half(x: Any, scale: float, inside: Any) -> Any:

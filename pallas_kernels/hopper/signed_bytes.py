@@ -18,11 +18,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from . import asm
-from .fragments import Field, Plan, load_words
+from .fragments import Field, Plan, code_of, load_words
 from .layout import COLUMN, ROW, ROWS, SCALAR, WGMMA, tiled
 
 EIGHT = plgpu.Layout.WGMMA_8BIT
-ONES = 0x01010101  # a byte in each of four
 RADIX = 256  # of the digits
 
 
@@ -66,14 +65,14 @@ def expand_bytes(
 
 def _signed(words: list[Any], fields: tuple[Field, ...], plan: Plan) -> Any:
     """Four codes."""
-    over = asm.const(0x80 * ONES)
+    over = asm.const(0x80 * asm.ONES)
     for f in fields:
         place = f.up + 8 - plan.bits
         word, shift = words[f.stream], f.shift - place
         if shift:
             move = arith.shrui if shift > 0 else arith.shli
             word = move(word, asm.const(abs(shift)))
-        mask = asm.const(((2**f.width - 1) << place) * ONES)
+        mask = asm.const(((2**f.width - 1) << place) * asm.ONES)
         over = asm.word("lop3.b32 $0, $1, $2, $3, 0x6A;", word, mask, over)  # (word & mask) ^ over
     return over
 
@@ -81,9 +80,8 @@ def _signed(words: list[Any], fields: tuple[Field, ...], plan: Plan) -> Any:
 def _bytes(streams: list[jax.Array], half: int, fields: tuple[Field, ...], plan: Plan) -> jax.Array:
     """`expand_bytes` in plain jnp, of one piece."""
     own = [permute_bytes(s[:, 64 * half : 64 * half + 64].astype(jnp.int32)) for s in streams]
-    code = sum(((own[f.stream] >> f.shift) & (2**f.width - 1)) << f.up for f in fields)
     less, factor = excess(plan)
-    return jnp.asarray((code - less) * factor, jnp.int8)
+    return ((code_of(own, fields) - less) * factor).astype(jnp.int8)
 
 
 def permute_bytes(x: jax.Array) -> jax.Array:

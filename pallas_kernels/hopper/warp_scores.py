@@ -17,7 +17,7 @@ from . import asm
 from .fragments import Plan
 from .halves import ONE, halves_of
 from .layout import COLUMN, ROWS, SCALAR, WGMMA, tiled
-from .queries import half
+from .queries import half, in_order
 from .softmax import Scores, exp2, fma, less, over_warp
 from .warps import QUERIES, array_of, by_row, decoded, load_codes, mma16
 
@@ -34,9 +34,7 @@ def load_queries(
     """
     width = rows.shape[1]
     if interpret:
-        own = (rows[pl.ds(first, count)].astype(jnp.float32) * scale).astype(jnp.float16)
-        axes = [6 - int(order[1 << bit]).bit_length() for bit in reversed(range(6))]
-        own = own.reshape(-1, *[2] * 6).transpose(0, *(1 + axis for axis in axes))
+        own = in_order(rows[pl.ds(first, count)], order, scale)
         own = jnp.pad(own.reshape(count, -1, 64), ((0, QUERIES - count), (0, 0), (0, 0)))
         return [own[:, i] for i in range(width // 64)]
     shape = plgpu.ShapeDtypeStruct((ROWS, 32), jnp.float16, layout=WGMMA)

@@ -52,7 +52,7 @@ def load_bytes(codes: Any, dtype: Any, interpret: bool) -> jax.Array:
             chunk = arith.xori(arith.addi(half, asm.const(2 * i)), turn)
             place = arith.addi(base, arith.muli(chunk, asm.const(16)))
             for word in load_matrices(place, transposed=False):
-                word = arith.xori(word, asm.const(0x01010101 * flip)) if flip else word
+                word = arith.xori(word, asm.const(flip * asm.ONES)) if flip else word
                 registers.append(asm.bits(word, kind))
         signed = asm.is_signed(dtype)
         layout = plgpu.Layout.WGMMA_8BIT

@@ -153,7 +153,8 @@ class FewRows(Problem):
         return sums.reshape(-1)
 
     def __call__(self, x: jax.Array, codes: jax.Array, tables: list[jax.Array]) -> jax.Array:
-        """
+        """The product ``[B, M, N]``.
+
         Args:
           x: ``[B * pieces, M, columns]``, as the kernel copies it.
           codes, tables: from `operands`; where sums are scaled, what their columns need comes last.
