@@ -94,10 +94,8 @@ def write_offsets(scratch: Any, plan: Plan, pieces: Sequence[int | None], interp
     def run(ctx, scratch):
         made, start = operands_of(plan), llvm.ptrtoint(asm.i32(), asm.pointer(scratch))
         for i, piece in enumerate(pieces):
-            place, code = (
-                arith.addi(start, asm.const(16 * i)),
-                "st.shared.v4.b32 [$0], {$1, $1, $1, $1};",
-            )
+            place = arith.addi(start, asm.const(16 * i))
+            code = "st.shared.v4.b32 [$0], {$1, $1, $1, $1};"
             mgpu.utils.inline_ptx(code, place, made.offset(piece), has_side_effects=True)
 
     run(scratch)
@@ -114,12 +112,18 @@ def load_offset(scratch: Any, i: int) -> list[Any]:
     return list(mgpu.utils.inline_ptx(code, place, result_types=kinds, has_side_effects=True))
 
 
-def second_operand(plan: Plan, share: Any, scaled: Any, second: Any, mul: Any) -> Any:
-    """What meets `offset`: a share with its scale, that times the zero, or the share times the mean.
+def scaled(share: Any, scale: Any) -> Any:
+    """Two halves times two."""
+    return asm.word("mul.rn.f16x2 $0, $1, $2;", share, scale)
+
+
+def second_operand(plan: Plan, share: Any, own: Any, second: list[Any]) -> Any:
+    """What meets `InPlace.offset`: a share with its scale, that times the zero, or the share times the mean.
 
     Args:
-      second: the entries of the second table, if any.
+      own: the share with its scale.
+      second: the entries of the second table, if there is one.
     """
-    if second is None:
-        return scaled
-    return mul(scaled if plan.has_zero else share, second)
+    if not second:
+        return own
+    return scaled(own if plan.has_zero else share, *second)

@@ -16,7 +16,7 @@ from jaxlib.mlir.dialects import arith
 from . import asm
 from .channels import expand_plainly, load_channels, load_four
 from .fragments import Plan
-from .in_place import load_offset, operands_of, second_operand, unit_at
+from .in_place import load_offset, operands_of, scaled, second_operand, unit_at
 from .layout import ROWS, WGMMA
 from .softmax import Scores, fma
 from .warp_scores import columns_of, spread
@@ -63,7 +63,6 @@ def multiply_channels(
     )
     def run(ctx, queries, offsets, codes, tables):
         made, (warp, _, q) = operands_of(plan), asm.lanes()
-        mul = lambda a, b: asm.word("mul.rn.f16x2 $0, $1, $2;", a, b)
         columns, offset = columns_of(queries), load_offset(offsets, 0)
         sums, rest = [no_sums() for _ in range(tiles)], no_sums()
         for step, column in enumerate(columns):
@@ -76,8 +75,8 @@ def multiply_channels(
             own, others = [], []
             for b, x in enumerate(column):
                 scale, *second = (pairs[b] for pairs in found)
-                own.append(mul(x, made.scale(scale)))
-                others.append(second_operand(plan, x, own[-1], *second or (None,), mul))
+                own.append(scaled(x, made.scale(scale)))
+                others.append(second_operand(plan, x, own[-1], second))
             rest = mma16(rest, offset, others)
             for t, (word, field) in enumerate(zip(words, fields)):
                 places = [made.places(word[2 * m + b]) for b in range(2)]

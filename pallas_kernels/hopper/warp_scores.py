@@ -20,11 +20,11 @@ from . import asm
 from .fragments import Plan
 from .in_place import operands_of, unit_of
 from .layout import COLUMN, ROWS, SCALAR, WGMMA, tiled
-from .queries import half, in_order
+from .queries import clipped, in_order
 from .softmax import Scores, exp2, fma, less, over_warp
 from .warps import QUERIES, by_row, decoded, load_codes, mma16, no_sums
 
-SLACK = 2.0  # by how much, to base 2, scores may be above what sums are relative to
+SLACK = 2.0  # by how much, to base 2, scores may be above what sums are relative to: weights times scales are float16
 
 
 def load_queries(
@@ -68,10 +68,12 @@ def load_queries(
                 )
                 found = llvm.load(four, asm.at(asm.pointer(rows), place, element), alignment=nbytes)
                 factor = scale * units[4 * chunk + m]
-                made = [half(asm.extract(found, i), factor, inside) for i in range(4)]
-                for o in range(2):
-                    pair = [made[at[8 * o + e]] for e in range(2)]
-                    registers[m, o] = asm.vector_of(ir.VectorType.get((2,), ir.F16Type.get()), pair)
+                made = [clipped(asm.extract(found, i), factor, inside) for i in range(4)]
+                for o in range(2):  # as words: LLVM would keep halves apart
+                    word = asm.word(
+                        "cvt.rn.f16x2.f32 $0, $1, $2;", *(made[at[8 * o + e]] for e in (1, 0))
+                    )
+                    registers[m, o] = asm.bits(word, ir.VectorType.get((2,), ir.F16Type.get()))
             out.append(asm.array(registers, WGMMA, (ROWS, 32)))
         return out
 

@@ -14,7 +14,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from . import asm
 from .fragments import Plan
-from .in_place import load_offset, operands_of, second_operand
+from .in_place import load_offset, operands_of, scaled, second_operand
 from .layout import ROWS, WGMMA, tiled
 from .softmax import Scores, in_order
 from .warps import QUERIES, array_of, decoded, load_codes, mma16, sums_of
@@ -97,19 +97,15 @@ def _shares(
     weights: list[Any], tables: list[Any], plan: Plan, tile: int, runs: int, groups: int
 ) -> list[tuple[list[Any], list[Any]]]:
     """For each group the weights of a thread's tokens with their scales, and what meets `InPlace.offset`."""
-    mul = lambda a, b: asm.word("mul.rn.f16x2 $0, $1, $2;", a, b)
-    found, made, out = (
-        [_load_entries(table, tile, runs, groups) for table in tables],
-        operands_of(plan),
-        [],
-    )
+    found = [_load_entries(table, tile, runs, groups) for table in tables]
+    made, out = operands_of(plan), []
     for g in range(groups):
         own, rest = [], []
         for r, weight in enumerate(weights):
             tokens = (r, 2 + r) if runs else (2 * r, 2 * r + 1)
             scale, *second = (_pair(*(entries[t][g] for t in tokens)) for entries in found)
-            own.append(mul(weight, made.scale(scale)))
-            rest.append(second_operand(plan, weight, own[-1], *second or (None,), mul))
+            own.append(scaled(weight, made.scale(scale)))
+            rest.append(second_operand(plan, weight, own[-1], second))
         out.append((own, rest))
     return out
 
