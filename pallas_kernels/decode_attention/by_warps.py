@@ -25,6 +25,8 @@ def scratch(problem: Problem, config: Config) -> dict[str, Any]:
     assert config.warpgroups * config.stages <= 14, config  # a barrier each
     sizes = hopper.join_scratch(config.warpgroups, problem.values.width, problem.interpret)
     found: dict[str, Any] = {"join": sizes}
+    for name, rows in (("of_keys", problem.keys), ("of_values", problem.values)):
+        found[name] = hopper.offset_scratch(rows.plan)
     if problem.interpret:
         found["joined"] = plgpu.Barrier(num_arrivals=config.warpgroups)
     return found
@@ -35,8 +37,12 @@ def attend(block: Block, q: Any, out: Any, logs: Any, scratch: dict[str, Any]) -
     k, v = p.keys, p.values
     runs = c.tiles if isinstance(k, of_keys.ChannelKeys) else 0
     block.fetch_first()
-    queries = hopper.load_queries(q, block.queries, p.group, k.warp_order, block.scale, interpret)
-    sums_of = k.sums(queries, interpret)
+    queries = hopper.load_queries(
+        q, block.queries, p.group, k.warp_order, block.scale, k.units, interpret
+    )
+    sums_of = k.sums(queries, scratch["of_keys"], interpret)
+    offsets = scratch["of_values"]
+    hopper.write_offsets(offsets, v.plan, range(v.plan.pieces), interpret)
     block.fetch_rest()
 
     def step(i: Any, carry: Any) -> Any:
@@ -44,9 +50,9 @@ def attend(block: Block, q: Any, out: Any, logs: Any, scratch: dict[str, Any]) -
         keys, (codes, *tables) = block.wait(i)
         x = k.scores(queries, sums_of, keys, c.tiles, interpret)
         x = block.shown(i, x, runs)
-        top, old, total, weights = hopper.weigh_rows(x, top, total, interpret)
+        top, total, outs, weights = hopper.weigh_rows(x, top, total, outs, interpret)
         outs = hopper.add_values(
-            outs, old, weights, codes, tables, v.plan,
+            outs, weights, codes, tables, offsets, v.plan,
             runs=runs, row_bytes=v.row_bytes, group=v.group, groups=v.groups, interpret=interpret,
         )  # fmt: skip
         hopper.release(block.wg * c.stages + lax.rem(i, c.stages), interpret)
@@ -61,8 +67,9 @@ def attend(block: Block, q: Any, out: Any, logs: Any, scratch: dict[str, Any]) -
         return
     top, total, outs = sums
     hopper.join_warps(
-        outs, top, total, scratch["join"], out, logs, block.row, p.group, c.warpgroups
-    )
+        outs, top, total, scratch["join"], out, logs, block.row, p.group, c.warpgroups,
+        v.plan, v.row_bytes,
+    )  # fmt: skip
 
 
 def _join_plainly(block: Block, sums: Any, out: Any, logs: Any, scratch: dict[str, Any]) -> None:

@@ -79,11 +79,17 @@ class TokenKeys(TokenRows):
         """The same for `scores`."""
         return hopper.rows_order()
 
-    def sums(self, queries: list[jax.Array], interpret: bool) -> list[jax.Array]:
-        """What `scores` wants of the queries beside them."""
-        if self.plan.terms == 1:
-            return []
-        return hopper.query_sums(queries, self.group, interpret)
+    @property
+    def units(self) -> list[float]:
+        """Of `hopper.load_queries`."""
+        whole, pieces = hopper.unit_of(self.plan), range(0, self.width, 16)
+        return [hopper.unit_of(self.plan, i // self.row_bytes) / whole for i in pieces]
+
+    def sums(self, queries: list[jax.Array], scratch: Any, interpret: bool) -> list[jax.Array]:
+        """What `scores` wants beside the queries."""
+        return hopper.query_sums(
+            queries, self.plan, row_bytes=self.row_bytes, group=self.group, interpret=interpret
+        )
 
     def scores(
         self,
@@ -166,25 +172,25 @@ class ChannelKeys:
         return [codes, *(((blocks,), x.dtype, ()) for x in arrays[1:])]
 
     def operands(self, refs: list[Any], interpret: bool) -> Iterator[tuple[jax.Array, int, int]]:
+        codes, *tables = refs
         for chunk in range(self.width // 64):
-            (made,) = self._expanded(refs, chunk, 1, interpret)
+            made = hopper.expand_channels(
+                codes, tables, chunk, self.plan,
+                tokens=self.tokens, width=self.width, interpret=interpret,
+            )  # fmt: skip
             yield made, 0, 64 * chunk
 
-    def _expanded(
-        self, refs: list[Any], chunk: int, tiles: int, interpret: bool
-    ) -> list[jax.Array]:
-        codes, *tables = refs
-        return hopper.expand_channels(
-            codes, tables, chunk, self.plan,
-            tiles=tiles, tokens=self.tokens, width=self.width, interpret=interpret,
-        )  # fmt: skip
+    @property
+    def units(self) -> list[float]:
+        return [1.0] * (self.width // 16)
 
     @property
     def warp_order(self) -> np.ndarray:
         return self.order
 
-    def sums(self, queries: list[jax.Array], interpret: bool) -> list[jax.Array]:
-        return []
+    def sums(self, queries: list[jax.Array], scratch: Any, interpret: bool) -> list[jax.Array]:
+        hopper.write_offsets(scratch, self.plan, [None], interpret)
+        return scratch
 
     def scores(
         self,
@@ -194,9 +200,8 @@ class ChannelKeys:
         tiles: int,
         interpret: bool,
     ) -> list[jax.Array]:
-        out: list[Any] = []
-        for chunk, own in enumerate(queries):
-            made = self._expanded(refs, chunk, tiles, interpret)
-            found = [hopper.multiply(a, own, interpret) for a in made]
-            out = [x + y for x, y in zip(out, found)] if out else found
-        return out
+        codes, *tables = refs
+        return hopper.multiply_channels(
+            queries, sums, codes, tables, self.plan,
+            tiles=tiles, tokens=self.tokens, interpret=interpret,
+        )  # fmt: skip

@@ -14,6 +14,9 @@ from .fragments import offset_of as offset_of
 from .fragments import plan_of as plan_of
 from .fragments import refusal as refusal
 from .fragments import terms_of as terms_of
+from .in_place import offset_scratch as offset_scratch
+from .in_place import unit_of as unit_of
+from .in_place import write_offsets as write_offsets
 from .layout import AHEAD as AHEAD
 from .layout import ROWS as ROWS
 from .layout import WGMMA as WGMMA
@@ -60,10 +63,10 @@ from .split import Split as Split
 from .staged import stage_transposed as stage_transposed
 from .transposed import expand_transposed as expand_transposed
 from .transposed import spread_scales as spread_scales
+from .warp_channels import multiply_channels as multiply_channels
 from .warp_join import join_scratch as join_scratch
 from .warp_join import join_warps as join_warps
 from .warp_scores import load_queries as load_queries
-from .warp_scores import multiply as multiply
 from .warp_scores import multiply_rows as multiply_rows
 from .warp_scores import query_sums as query_sums
 from .warp_scores import rows_order as rows_order

@@ -37,63 +37,63 @@ def expand_channels(
     chunk: int,
     plan: Plan,
     *,
-    tiles: int,
     tokens: int,
     width: int,
     interpret: bool,
-) -> list[jax.Array]:
-    """64 channels of tiles of 64 tokens as A operands ``f16[64, 64]``.
-
-    A warp takes 16 tokens of each tile, one after the other: where those are in one block, it reads its bytes and
-    tables once for all.
+) -> jax.Array:
+    """64 channels of a tile of 64 tokens as the A operand ``f16[64, 64]``.
 
     Args:
-      codes: flat in shared memory: ``uint8[tiles * 64 / tokens, width, tokens * bits / 8]``.
-      tables: of the plan, each flat ``f16[tiles * 64 / tokens, width]``.
+      codes: flat in shared memory: ``uint8[64 / tokens, width, tokens * bits / 8]``.
+      tables: of the plan, each flat ``f16[64 / tokens, width]``.
       chunk: which 64 channels.
-      tiles: 1 or 2.
       tokens: of a block, 32 or 64.
 
     Returns:
-      Row ``16 w + g + 8 r`` of tile t is token ``16 (tiles w + t) + 2 g + r``; columns are as `permute_channels` has
-      them.
+      Row ``16 w + g + 8 r`` is token ``16 w + 2 g + r``; columns are as `permute_channels` has them.
     """
     if interpret:
-        plain = [t[...].reshape(-1, width) for t in tables]
-        return _plain(
-            codes[...].reshape(-1, width, tokens * plan.bits // 8), plain, chunk, plan, tiles
-        )
-    row_bytes = tokens * plan.bits // 8
+        return expand_plainly(codes, tables, chunk, plan, 1, tokens, width)[0]
 
     @asm.inline(
         arg_types=(plgpu.RefType(), [plgpu.RefType()] * len(tables)),
-        return_type=[plgpu.ShapeDtypeStruct((ROWS, ROWS), jnp.float16, layout=WGMMA)] * tiles,
+        return_type=plgpu.ShapeDtypeStruct((ROWS, ROWS), jnp.float16, layout=WGMMA),
     )
     def run(ctx, codes, tables):
         halves, (warp, _, q) = halves_of(plan), asm.lanes()
-        first, many = arith.muli(warp, asm.const(tiles)), tokens // 16  # of 16 tokens
-        block = arith.muli(arith.divui(first, asm.const(many)), asm.const(width))
-        load = _load_narrow if row_bytes == 8 else _load
-        own = lambda t: arith.andi(arith.addi(first, asm.const(t)), asm.const(many - 1))
-        turns = [t if tiles == many else own(t) for t in range(tiles)]
-        words, pieces = load(codes, block, turns, chunk, row_bytes)
-        fields = list(map(halves.field, pieces))
-        registers = [np.empty((8, 2), dtype=object) for _ in range(tiles)]
+        block, (words,), (piece,) = load_channels(codes, warp, chunk, plan, 1, tokens, width)
+        field = halves.field(piece)
+        registers = np.empty((8, 2), dtype=object)
         for m in range(4):
             channel = arith.addi(arith.muli(q, asm.const(4)), asm.const(64 * chunk + 16 * m))
             channel = arith.addi(block, channel)
-            found = [_load_four(t, channel) for t in tables]
+            found = [load_four(t, channel) for t in tables]
             for b in range(2):
                 scale, *second = (pairs[b] for pairs in found)
                 rest = halves.rest(scale, *second) if second else None
                 scale = halves.scale(scale)
-                for own, field, out in zip(words, fields, registers):
-                    for r, word in enumerate(halves.places(own[2 * m + b])):
-                        level = halves.level(word, field)
-                        out[2 * m + b, r] = halves.scaled(level, scale, rest)
-        return [asm.array(x, WGMMA, (ROWS, ROWS)) for x in registers]
+                for r, word in enumerate(halves.places(words[2 * m + b])):
+                    level = halves.level(word, field)
+                    registers[2 * m + b, r] = halves.scaled(level, scale, rest)
+        return asm.array(registers, WGMMA, (ROWS, ROWS))
 
     return run(codes, tables)
+
+
+def load_channels(
+    codes: Any, warp: Any, chunk: int, plan: Plan, tiles: int, tokens: int, width: int
+) -> tuple[Any, list[list[Any]], list[Any]]:
+    """The first channel of a warp's block, of all; and for its 16 tokens of each tile a thread's words and piece.
+
+    Those follow each other: where they are in the same bytes, these are read once.
+    """
+    first, many = arith.muli(warp, asm.const(tiles)), tokens // 16  # of 16 tokens
+    block = arith.muli(arith.divui(first, asm.const(many)), asm.const(width))
+    row_bytes = tokens * plan.bits // 8
+    load = _load_narrow if row_bytes == 8 else _load
+    own = lambda t: arith.andi(arith.addi(first, asm.const(t)), asm.const(many - 1))
+    turns = [t if tiles == many else own(t) for t in range(tiles)]
+    return block, *load(codes, block, turns, chunk, row_bytes)
 
 
 def _load(
@@ -169,19 +169,21 @@ def _lane() -> Any:
     return arith.andi(arith.index_cast(asm.i32(), asm.thread()), asm.const(31))
 
 
-def _load_four(table: Any, i: Any) -> list[Any]:
+def load_four(table: Any, i: Any) -> list[Any]:
     """Entries i to i + 3 of float16, as two words."""
     place = asm.at(asm.pointer(table), i, ir.F16Type.get())
     v = llvm.load(ir.VectorType.get((2,), asm.i32()), place, alignment=8)
     return [asm.extract(v, 0), asm.extract(v, 1)]
 
 
-def _plain(
-    codes: jax.Array, tables: list[jax.Array], chunk: int, plan: Plan, tiles: int
+def expand_plainly(
+    codes: Any, tables: list[Any], chunk: int, plan: Plan, tiles: int, tokens: int, width: int
 ) -> list[jax.Array]:
-    codes = codes[:, 64 * chunk : 64 * chunk + 64].astype(jnp.int32)
-    scale, *second = (t[:, 64 * chunk : 64 * chunk + 64, None].astype(jnp.float32) for t in tables)
-    pieces = [(codes >> f.shift) & (2**f.width - 1) for (f,) in plan.fields]
+    """`expand_channels` of tiles in jnp: row ``16 w + g + 8 r`` of tile t is token ``16 (tiles w + t) + 2 g + r``."""
+    own = slice(64 * chunk, 64 * chunk + 64)
+    found = codes[...].reshape(-1, width, tokens * plan.bits // 8)[:, own].astype(jnp.int32)
+    scale, *second = (t[...].reshape(-1, width)[:, own, None].astype(jnp.float32) for t in tables)
+    pieces = [(found >> f.shift) & (2**f.width - 1) for (f,) in plan.fields]
     x = level_of(jnp.concatenate(pieces, axis=-1), plan) * scale
     if second:
         x += -scale * second[0] if plan.has_zero else second[0]

@@ -78,6 +78,10 @@ class Halves:
             value = self.fma(value, square, c)
         return self.mul(u, value)
 
+    def offset(self, piece: int | None = None) -> Any:
+        """What means multiply: 1."""
+        return asm.const(asm.both(ONE))
+
     def scale(self, scale: Any) -> Any:
         """What the stored scale of two tokens or channels is to what `level` gives."""
         return scale

@@ -90,9 +90,13 @@ def in_order(rows: jax.Array, order: np.ndarray, scale: float) -> jax.Array:
 
 
 def half(x: Any, scale: float, inside: Any) -> Any:
+    return arith.truncf(ir.F16Type.get(), clipped(x, scale, inside))
+
+
+def clipped(x: Any, scale: float, inside: Any) -> Any:
+    """A scaled number, in float32, within those of float16; 0 where not `inside`."""
     f32 = ir.F32Type.get()
     number = lambda v: arith.constant(f32, v)
     x = x if x.type == f32 else arith.extf(f32, x)
     x = arith.select(inside, arith.mulf(x, number(scale)), number(0.0))
-    x = arith.minimumf(arith.maximumf(x, number(-LARGEST)), number(LARGEST))
-    return arith.truncf(ir.F16Type.get(), x)
+    return arith.minimumf(arith.maximumf(x, number(-LARGEST)), number(LARGEST))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -13,12 +12,15 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from . import asm
+from .fragments import Plan
+from .in_place import unit_at
 from .layout import COLUMN, SCALAR, WGMMA
-from .softmax import exp2, less, over_warp, store_pair
+from .softmax import fma, less, over_warp, store_pair
 from .warps import QUERIES
 
 EVERYONE = 15  # the barrier of all warps of a block
-ROUNDS = 2  # in which sums go through shared memory: half of them have room beside the tiles
+COLUMNS = 4  # joined at a time, each by a warp
+PAD = 8  # behind a column, for the banks of shared memory
 
 
 def join_scratch(warpgroups: int, width: int, interpret: bool) -> list[Any]:
@@ -26,7 +28,7 @@ def join_scratch(warpgroups: int, width: int, interpret: bool) -> list[Any]:
     if interpret:
         return [plgpu.SMEM((warpgroups, 2 + width, QUERIES), jnp.float32)]
     warps = 4 * warpgroups
-    sizes = 2 * warps * QUERIES, warps * width * QUERIES // ROUNDS
+    sizes = 2 * warps * QUERIES, warps * COLUMNS * (width + PAD)
     return [plgpu.SMEM((n,), jnp.float32) for n in sizes]
 
 
@@ -40,14 +42,17 @@ def join_warps(
     row: Any,
     count: int,
     warpgroups: int,
+    plan: Plan,
+    row_bytes: int,
 ) -> None:
     """Writes the outputs of a block to rows ``row`` to ``row + count`` of ``out[R, H]``, and logarithms to `logs`.
 
     Args:
       outs, top, total: as `add_values` and `weigh_rows` give them.
       logs: of the denominators, to base 2, ``f32[R]``; as `top` began where no token was seen.
+      plan, row_bytes: of the values.
     """
-    warps, number = 4 * warpgroups, plgpu.RefType()
+    warps, number, width = 4 * warpgroups, plgpu.RefType(), 16 * len(outs)
 
     @asm.inline(
         arg_types=([WGMMA] * len(outs), COLUMN, COLUMN, [number] * 2, number, number, SCALAR)
@@ -56,18 +61,21 @@ def join_warps(
         small, large = map(asm.pointer, scratch)
         (top,), (total,), row = top.registers.flat, total.registers.flat, asm.scalar(row)
         _share(small, top, total, warps)
-        _everyone(warps)
-        best, whole = _found(small, warps)
-        _write_logs(logs, row, count, best, whole)
-        factor = arith.mulf(exp2(arith.subf(top, best)), _inverse(whole))
-        blocks = len(outs) // ROUNDS
-        for i in range(ROUNDS):
-            if i:
+        own = arith.shrui(_thread(), asm.const(5))
+        for first in range(0, count, COLUMNS):
+            if first:
                 _everyone(warps)
-            some = [v for x in outs[i * blocks : (i + 1) * blocks] for v in x.registers.flat]
-            _hand_over(large, [arith.mulf(v, factor) for v in some])
+            _hand_over(large, [list(x.registers.flat) for x in outs], first)
             _everyone(warps)
-            _write_sums(large, warps, 32 * len(some), out, row, count, 16 * i * blocks)
+
+            def write(first: int = first) -> list[Any]:
+                share, log = _own_share(small, arith.addi(own, asm.const(first)), warps)
+                line = arith.addi(row, arith.addi(own, asm.const(first)))
+                _write_log(logs, line, log)
+                _write_sums(large, own, share, warps, out, line, width, plan, row_bytes)
+                return []
+
+            asm.either(less(own, asm.const(min(COLUMNS, count - first))), [], write, list)
 
     run(outs, top, total, scratch, out, logs, row)
 
@@ -77,13 +85,13 @@ def _everyone(warps: int) -> None:
     mgpu.utils.inline_ptx(code, has_side_effects=True, convergent=True)
 
 
-def _pair() -> ir.Type:
-    return ir.VectorType.get((2,), ir.F32Type.get())
-
-
 def _thread() -> Any:
     """Of the block."""
     return arith.index_cast(asm.i32(), asm.thread())
+
+
+def _lane() -> Any:
+    return arith.andi(_thread(), asm.const(31))
 
 
 def _share(small: Any, top: Any, total: Any, warps: int) -> None:
@@ -98,78 +106,81 @@ def _share(small: Any, top: Any, total: Any, warps: int) -> None:
         store_pair(asm.at(small, own, ir.F32Type.get()), pair, first)
 
 
-def _found(small: Any, warps: int) -> tuple[Any, Any]:
-    """The greatest score of all, and the total relative to it, of a thread's columns."""
-    own = arith.muli(asm.lanes()[2], asm.const(2))
-
-    def load(i: int) -> Any:
-        place = asm.at(small, arith.addi(own, asm.const(i * QUERIES)), ir.F32Type.get())
-        return llvm.load(_pair(), place, alignment=8)
-
-    tops = [load(w) for w in range(warps)]
-    best = functools.reduce(arith.maxnumf, tops)
-    shares = [arith.mulf(load(warps + w), exp2(arith.subf(x, best))) for w, x in enumerate(tops)]
-    return best, functools.reduce(arith.addf, shares)
-
-
-def _inverse(total: Any) -> Any:
-    """1 over it, or 0."""
-    zero, one = (vector.broadcast(_pair(), arith.constant(ir.F32Type.get(), x)) for x in (0.0, 1.0))
-    none = arith.cmpf(arith.CmpFPredicate.OEQ, total, zero)
-    return arith.select(none, zero, arith.divf(one, arith.select(none, one, total)))
+def _hand_over(large: Any, outs: list[list[Any]], first: int) -> None:
+    """The sums of columns from `first` on, to ``f32[warps, 4, H + PAD]``: elements 2 g and 2 g + 1 of 16 together."""
+    warp, (_, g, q) = arith.shrui(_thread(), asm.const(5)), asm.lanes()
+    stride = 16 * len(outs) + PAD
+    own = arith.subi(arith.muli(q, asm.const(2)), asm.const(first))
+    inside = arith.cmpi(arith.CmpIPredicate.ult, own, asm.const(COLUMNS))
+    line = arith.addi(arith.muli(warp, asm.const(COLUMNS)), own)
+    start = arith.addi(arith.muli(line, asm.const(stride)), arith.muli(g, asm.const(2)))
+    for i, rows in enumerate(outs):
+        for e in range(2):
+            place = asm.at(large, arith.addi(start, asm.const(16 * i + stride * e)), _f32())
+            store_pair(place, [asm.extract(v, e) for v in rows], inside)
 
 
-def _write_logs(logs: Any, row: Any, count: int, best: Any, whole: Any) -> None:
-    f32, first = ir.F32Type.get(), arith.cmpi(arith.CmpIPredicate.ult, _thread(), asm.const(4))
-    zero, one = (arith.constant(f32, x) for x in (0.0, 1.0))
-    for e in range(2):
-        total, top = asm.extract(whole, e), asm.extract(best, e)
-        none = arith.cmpf(arith.CmpFPredicate.OEQ, total, zero)
-        total = arith.select(none, one, total)
-        log = mgpu.utils.inline_ptx("lg2.approx.f32 $0, $1;", total, result_types=f32)
-        head = arith.addi(arith.muli(asm.lanes()[2], asm.const(2)), asm.const(e))
-        inside = arith.andi(first, less(head, asm.const(count)))
-        place = arith.extsi(asm.i64(), arith.addi(row, head))
-        _store_if(logs, place, arith.addf(log, top), inside)
+def _f32() -> ir.Type:
+    return ir.F32Type.get()
 
 
-def _hand_over(large: Any, registers: list[Any]) -> None:
-    """A thread's pairs to shared memory: by warps, and of a warp by pairs."""
-    thread = _thread()
-    warp, lane = arith.shrui(thread, asm.const(5)), arith.andi(thread, asm.const(31))
-    mine = arith.addi(arith.muli(warp, asm.const(32 * len(registers))), lane)
-    for i, v in enumerate(registers):
-        place = asm.at(large, arith.addi(mine, asm.const(32 * i)), _pair())
-        llvm.store(v, place, alignment=8)
+def _own_share(small: Any, column: Any, warps: int) -> tuple[Any, Any]:
+    """In lane w the factor of the w-th warp's sums of a column; and the logarithm of the column's denominator."""
+    lane, zero, one = _lane(), *(arith.constant(_f32(), x) for x in (0.0, 1.0))
+    at = arith.minui(lane, asm.const(warps - 1))
+    at = arith.addi(arith.muli(at, asm.const(QUERIES)), column)
+    load = lambda i: llvm.load(_f32(), asm.at(small, arith.addi(at, asm.const(i)), _f32()))
+    top, total = load(0), load(warps * QUERIES)
+    best = _over_lanes(arith.maxnumf, top)
+    share = _approximate("ex2.approx.ftz", arith.subf(top, best))
+    mine = arith.select(less(lane, asm.const(warps)), arith.mulf(total, share), zero)
+    whole = _over_lanes(arith.addf, mine)
+    none = arith.cmpf(arith.CmpFPredicate.OEQ, whole, zero)
+    whole = arith.select(none, one, whole)
+    log = arith.addf(best, _approximate("lg2.approx", whole))
+    return arith.select(none, zero, arith.divf(share, whole)), log
+
+
+def _approximate(what: str, x: Any) -> Any:
+    return mgpu.utils.inline_ptx(f"{what}.f32 $0, $1;", x, result_types=_f32())
+
+
+def _over_lanes(join: Any, x: Any) -> Any:
+    for distance in (16, 8, 4, 2, 1):
+        x = join(x, mgpu.utils.shfl_bfly(x, distance))
+    return x
+
+
+def _write_log(logs: Any, row: Any, log: Any) -> None:
+    place = asm.at(asm.pointer(logs), arith.extsi(asm.i64(), row), _f32())
+    first = arith.cmpi(arith.CmpIPredicate.eq, _lane(), asm.const(0))
+    place = llvm.ptrtoint(asm.i64(), place)
+    mgpu.utils.inline_ptx("@$2 st.global.f32 [$0], $1;", place, log, first, has_side_effects=True)
 
 
 def _write_sums(
-    large: Any, warps: int, pairs: int, out: Any, row: Any, count: int, first: int
-) -> None:
-    """Adds up what all warps handed over, and writes elements from `first` on."""
-    stride = asm.const64(ir.MemRefType(out.type).shape[1])
-    for start in range(0, pairs, 32 * warps):
-        index = arith.addi(_thread(), asm.const(start))
-        there = less(index, asm.const(pairs))
-        index = arith.minui(index, asm.const(pairs - 1))
-        at = [asm.at(large, arith.addi(index, asm.const(w * pairs)), _pair()) for w in range(warps)]
-        total = functools.reduce(arith.addf, [llvm.load(_pair(), p, alignment=8) for p in at])
-        bits = lambda shift, mask, i=index: arith.andi(
-            arith.shrui(i, asm.const(shift)), asm.const(mask)
+    large: Any, own: Any, share: Any, warps: int, out: Any, row: Any, width: int, plan: Plan,
+    row_bytes: int,
+) -> None:  # fmt: skip
+    """Adds up what all warps handed over of the `own`-th column, four elements a lane, and writes it."""
+    four = ir.VectorType.get((4,), _f32())
+    lane, lanes = _lane(), width // 4
+    element = arith.muli(arith.minui(lane, asm.const(lanes - 1)), asm.const(4))
+    stride = width + PAD
+    start = arith.addi(arith.muli(own, asm.const(stride)), element)
+    total = vector.broadcast(four, arith.constant(_f32(), 0.0))
+    for w in range(warps):
+        place = asm.at(large, arith.addi(start, asm.const(w * COLUMNS * stride)), _f32())
+        factor = mgpu.utils.inline_ptx(
+            f"shfl.sync.idx.b32 $0, $1, {w}, 31, -1;", share, result_types=_f32(), convergent=True
         )
-        # a pair's number: 16 elements, row 2 g + r of them by g and r, and two heads
-        sixteen = arith.muli(arith.shrui(index, asm.const(6)), asm.const(16))
-        element = arith.addi(
-            arith.addi(sixteen, bits(5, 1)), arith.addi(bits(1, 14), asm.const(first))
-        )
-        for e in range(2):
-            head = arith.addi(arith.muli(bits(0, 3), asm.const(2)), asm.const(e))
-            line = arith.muli(arith.extsi(asm.i64(), arith.addi(row, head)), stride)
-            place = arith.addi(line, arith.extsi(asm.i64(), element))
-            inside = arith.andi(there, less(head, asm.const(count)))
-            _store_if(out, place, asm.extract(total, e), inside)
-
-
-def _store_if(ref: Any, at: Any, x: Any, inside: Any) -> None:
-    place = llvm.ptrtoint(asm.i64(), asm.at(asm.pointer(ref), at, ir.F32Type.get()))
-    mgpu.utils.inline_ptx("@$2 st.global.f32 [$0], $1;", place, x, inside)
+        total = fma(llvm.load(four, place, alignment=16), vector.broadcast(four, factor), total)
+    unit = unit_at(plan, arith.divui(element, asm.const(row_bytes)))
+    total = total if unit is None else arith.mulf(total, vector.broadcast(four, unit))
+    line = arith.muli(arith.extsi(asm.i64(), row), asm.const64(width))
+    place = asm.at(asm.pointer(out), arith.addi(line, arith.extsi(asm.i64(), element)), _f32())
+    mgpu.utils.inline_ptx(
+        "@$5 st.global.v4.f32 [$0], {$1, $2, $3, $4};", llvm.ptrtoint(asm.i64(), place),
+        *(asm.extract(total, i) for i in range(4)), less(lane, asm.const(lanes)),
+        has_side_effects=True,
+    )  # fmt: skip

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from . import asm
 from .fragments import Plan
-from .halves import ONE, halves_of
+from .in_place import operands_of, unit_of
 from .layout import COLUMN, ROWS, SCALAR, WGMMA, tiled
-from .queries import half, in_order
+from .queries import clipped, in_order
 from .softmax import Scores, exp2, fma, less, over_warp
-from .warps import QUERIES, array_of, by_row, decoded, load_codes, mma16
+from .warps import QUERIES, by_row, decoded, load_codes, mma16, no_sums
 
-SLACK = 8.0  # by how much, to base 2, scores may be above what sums are relative to
+SLACK = 2.0  # by how much, to base 2, scores may be above what sums are relative to: weights times scales are float16
 
 
 def load_queries(
-    rows: Any, first: Any, count: int, order: np.ndarray, scale: float, interpret: bool
+    rows: Any,
+    first: Any,
+    count: int,
+    order: np.ndarray,
+    scale: float,
+    units: Sequence[float],
+    interpret: bool,
 ) -> list[jax.Array]:
-    """Rows ``first`` to ``first + count`` of ``[R, H]`` in global memory, times `scale`, for `multiply`: by 64 columns.
+    """Rows ``first`` to ``first + count`` of ``[R, H]`` in global memory, times `scale`: by 64 columns.
 
     Args:
       order: see `stage_rows`.
+      units: of each 16 columns, what they are multiplied by too; not in the interpreter.
     """
     width = rows.shape[1]
     if interpret:
@@ -57,61 +67,52 @@ def load_queries(
                     asm.i64(), arith.addi(start, asm.const(64 * chunk + at[16 * m]))
                 )
                 found = llvm.load(four, asm.at(asm.pointer(rows), place, element), alignment=nbytes)
-                made = [half(asm.extract(found, i), scale, inside) for i in range(4)]
-                for o in range(2):
-                    pair = [made[at[8 * o + e]] for e in range(2)]
-                    registers[m, o] = asm.vector_of(ir.VectorType.get((2,), ir.F16Type.get()), pair)
+                factor = scale * units[4 * chunk + m]
+                made = [clipped(asm.extract(found, i), factor, inside) for i in range(4)]
+                for o in range(2):  # as words: LLVM would keep halves apart
+                    word = asm.word(
+                        "cvt.rn.f16x2.f32 $0, $1, $2;", *(made[at[8 * o + e]] for e in (1, 0))
+                    )
+                    registers[m, o] = asm.bits(word, ir.VectorType.get((2,), ir.F16Type.get()))
             out.append(asm.array(registers, WGMMA, (ROWS, 32)))
         return out
 
     return run(rows, first)
 
 
-def multiply(a: jax.Array, queries: jax.Array, interpret: bool) -> jax.Array:
-    """``f16[64, 64]`` with 64 columns of queries: ``f32[64, 8]``."""
+def query_sums(
+    queries: list[jax.Array], plan: Plan, *, row_bytes: int, group: int, interpret: bool
+) -> list[jax.Array]:
+    """Of `load_queries` for `multiply_rows`: over each group of columns ``f32[8]``, times `InPlace.offset`."""
     if interpret:
-        return a.astype(jnp.float32) @ queries.astype(jnp.float32).T
-
-    @asm.inline(
-        arg_types=(WGMMA, WGMMA),
-        return_type=plgpu.ShapeDtypeStruct((ROWS, QUERIES), jnp.float32, layout=WGMMA),
-    )
-    def run(ctx, a, queries):
-        word = lambda v: asm.bits(v, asm.i32())
-        rows, columns = a.registers.reshape(8, 2), queries.registers.reshape(4, 2)
-        zero = arith.constant(ir.F32Type.get(), 0.0)
-        sums = [zero] * 4
-        for m in range(4):
-            own = [word(rows[2 * m + o, r]) for o in range(2) for r in range(2)]
-            sums = mma16(sums, own, [word(columns[m, o]) for o in range(2)])
-        return array_of(sums)
-
-    return run(a, queries)
-
-
-def query_sums(queries: list[jax.Array], group: int, interpret: bool) -> list[jax.Array]:
-    """Of `load_queries` for `multiply_rows`, over each group of columns: ``f32[8]``."""
-    if interpret:
-        flat = jnp.concatenate(queries, axis=1).astype(jnp.float32)
-        parts = (flat[:, i : i + group].sum(-1) for i in range(0, flat.shape[1], group))
-        return [jnp.broadcast_to(x, (4, QUERIES)) for x in parts]
+        return []
     shape = plgpu.ShapeDtypeStruct((QUERIES,), jnp.float32, layout=COLUMN)
     groups = -(-64 * len(queries) // group)
 
     @asm.inline(arg_types=([WGMMA] * len(queries),), return_type=[shape] * groups)
     def run(ctx, queries):
-        ones = [asm.const(asm.both(ONE))] * 4
-        columns = [v for x in queries for v in x.registers.reshape(4, 2)]
+        made = operands_of(plan)
+        columns = columns_of(queries)
         out = []
         for g in range(groups):
-            sums = [arith.constant(ir.F32Type.get(), 0.0)] * 4
-            for step in columns[g * group // 16 : (g + 1) * group // 16]:
-                sums = mma16(sums, ones, [asm.bits(v, asm.i32()) for v in step])
+            sums = no_sums()
+            for step in range(g * group // 16, min(len(columns), (g + 1) * group // 16)):
+                offset = made.offset(16 * step // row_bytes)
+                sums = mma16(sums, [offset] * 4, columns[step])
             pair = asm.vector_of(ir.VectorType.get((2,), ir.F32Type.get()), sums[:2])
             out.append(asm.array(np.array([pair], dtype=object), COLUMN, (QUERIES,)))
         return out
 
     return run(queries)
+
+
+def columns_of(queries: list[Any]) -> list[list[Any]]:
+    """For each 16 columns the words of a thread."""
+    return [
+        [asm.bits(v, asm.i32()) for v in pair]
+        for x in queries
+        for pair in x.registers.reshape(4, 2)
+    ]
 
 
 def rows_order() -> np.ndarray:
@@ -136,8 +137,8 @@ def multiply_rows(
     """Scores of keys in rows, for each tile ``f32[64, 8]``. Products of a group's codes are scaled, not its codes.
 
     Args:
-      queries: from `load_queries`, in `rows_order`.
-      sums: from `query_sums`, where the plan has more tables than one.
+      queries: from `load_queries`, in `rows_order`, with the units of pieces over that of the first.
+      sums: from `query_sums`.
       codes, tables, group, groups: as for `add_values`.
     """
     if interpret:
@@ -160,31 +161,35 @@ def multiply_rows(
         return_type=[tile] * tiles,
     )
     def run(ctx, queries, sums, codes, tables):
-        halves, f32 = halves_of(plan), ir.F32Type.get()
-        fields = [halves.field(p) for p in range(plan.pieces)]
-        columns = [v for x in queries for v in x.registers.reshape(4, 2)]
+        made, columns = operands_of(plan), columns_of(queries)
+        fields = [made.field(p) for p in range(plan.pieces)]
         out = []
         for t in range(tiles):
             words = load_codes(codes, t, 0, row_bytes, transposed=False)
-            places = [[halves.places(w) for w in rows] for rows in words]
+            places = [[made.places(w) for w in rows] for rows in words]
             entries = [_load_rows(table, t, groups) for table in tables]
             total: list[Any] = [None] * 2
             for g in range(groups):
-                found = [arith.constant(f32, 0.0)] * 4
+                (less,) = sums[g].registers.flat
+                found = no_sums() if len(tables) > 1 else 2 * [asm.extract(less, e) for e in (0, 1)]
                 for step in range(g * group // 16, min(len(columns), (g + 1) * group // 16)):
                     piece, column = divmod(step, row_bytes // 16)
                     own = [places[column][r][o] for o in range(2) for r in range(2)]
-                    a = [halves.level(place, fields[piece]) for place in own]
-                    found = mma16(found, a, [asm.bits(v, asm.i32()) for v in columns[step]])
+                    a = [made.level(place, fields[piece]) for place in own]
+                    found = mma16(found, a, columns[step])
                 for r, x in enumerate(by_row(found)):
                     scale, *second = (spread(table[r][g]) for table in entries)
-                    scale = halves.unit(scale)
-                    if second and plan.has_zero:
-                        x = fma(arith.negf(second[0]), sums[g].registers.flat[0], x)
+                    scale = made.unit(scale)
+                    if plan.has_zero:
+                        x = fma(second[0], less, x)
                     x = arith.mulf(x, scale) if total[r] is None else fma(x, scale, total[r])
                     if second and not plan.has_zero:
-                        x = fma(second[0], sums[g].registers.flat[0], x)
+                        x = fma(second[0], less, x)
                     total[r] = x
+            if (unit := unit_of(plan)) != 1:
+                total = [
+                    arith.mulf(x, spread(arith.constant(ir.F32Type.get(), unit))) for x in total
+                ]
             out.append(asm.array(np.array(total, dtype=object), WGMMA, (ROWS, QUERIES)))
         return out
 
@@ -212,56 +217,79 @@ def spread(x: Any) -> Any:
 
 
 def weigh_rows(
-    scores: Scores, top: jax.Array, total: jax.Array, interpret: bool
-) -> tuple[jax.Array, jax.Array, jax.Array, Scores]:
-    """What sums are relative to, what those so far are to be multiplied by, the sum of weights, and weights.
+    scores: Scores, top: jax.Array, total: jax.Array, outs: list[jax.Array], interpret: bool
+) -> tuple[jax.Array, jax.Array, list[jax.Array], Scores]:
+    """What sums are relative to, the sum of weights, other sums so far, and weights.
 
-    What sums are relative to is seldom raised: where a score is greater by more than `SLACK`. So weights are up to 256.
+    What sums are relative to is seldom raised: where a score is greater by more than `SLACK`. Else threads ask each
+    other for nothing more.
 
     Args:
       top: before.
       total: of a thread's own rows.
+      outs: see `add_values`.
     """
     if interpret:
         rows = jnp.stack([x.reshape(4, 16, QUERIES) for x in scores])
         found = rows.max((0, 2))
         best = jnp.where(found > top + SLACK, found, top)
-        weights = jnp.exp2(rows - best[:, None])
-        old = jnp.exp2(top - best)
-        return (
-            best,
-            old,
-            total * old + weights.sum((0, 2)),
-            [x.reshape(ROWS, QUERIES) for x in weights],
-        )
-    whole = plgpu.ShapeDtypeStruct((QUERIES,), jnp.float32, layout=COLUMN)
+        old, weights = jnp.exp2(top - best), jnp.exp2(rows - best[:, None])
+        outs = [x * jnp.repeat(old, 16, axis=0) for x in outs]
+        weighed = [w.reshape(ROWS, QUERIES) for w in weights]
+        return best, total * old + weights.sum((0, 2)), outs, weighed
     tile = plgpu.ShapeDtypeStruct((ROWS, QUERIES), jnp.float32, layout=WGMMA)
+    whole = plgpu.ShapeDtypeStruct((QUERIES,), jnp.float32, layout=COLUMN)
 
     @asm.inline(
-        arg_types=([WGMMA] * len(scores), COLUMN, COLUMN),
-        return_type=(whole, whole, whole, [tile] * len(scores)),
+        arg_types=([WGMMA] * len(scores), COLUMN, COLUMN, [WGMMA] * len(outs)),
+        return_type=(whole, whole, [tile] * len(outs), [tile] * len(scores)),
     )
-    def run(ctx, scores, top, total):
-        f32, pair = ir.F32Type.get(), ir.VectorType.get((2,), ir.F32Type.get())
+    def run(ctx, scores, top, total, outs):
         rows = [v for x in scores for v in x.registers.flat]
-        (found,) = over_warp(arith.maxnumf, [[v] for v in rows])
-        (top,), (total,), best = top.registers.flat, total.registers.flat, []
-        for e in range(2):
-            before = asm.extract(top, e)
-            limit = arith.addf(before, arith.constant(f32, SLACK))
-            grown = arith.cmpf(arith.CmpFPredicate.OGT, found[e], limit)
-            best.append(arith.select(grown, found[e], before))
-        best = asm.vector_of(pair, best)
-        old = exp2(arith.subf(top, best))
-        weights = [exp2(arith.subf(v, best)) for v in rows]
-        total = fma(total, old, weights[0])
-        for v in weights[1:]:
+        sums = [v for x in outs for v in x.registers.flat]
+        top, total, *sums = _raised(rows, top.registers.flat[0], [total.registers.flat[0], *sums])
+        weights = [exp2(arith.subf(v, top)) for v in rows]
+        for v in weights:
             total = arith.addf(total, v)
-        column = lambda v: asm.array(np.array([v], dtype=object), COLUMN, (QUERIES,))
-        tiles = [
-            asm.array(np.array(weights[i : i + 2], dtype=object), WGMMA, (ROWS, QUERIES))
-            for i in range(0, len(weights), 2)
-        ]
-        return column(best), column(old), column(total), tiles
+        return (
+            *(asm.array(np.array([v], dtype=object), COLUMN, (QUERIES,)) for v in (top, total)),
+            *(_in_tiles(words) for words in (sums, weights)),
+        )
 
-    return run(scores, top, total)
+    return run(scores, top, total, outs)
+
+
+def _raised(rows: list[Any], top: Any, sums: list[Any]) -> list[Any]:
+    """`top` and the sums relative to it, raised where a thread of the warp has a score that asks for it."""
+    f32, pair = ir.F32Type.get(), top.type
+    own = functools.reduce(arith.maxnumf, rows)
+    limit = arith.addf(top, spread(arith.constant(f32, SLACK)))
+    above = arith.cmpf(arith.CmpFPredicate.OGT, own, limit)
+
+    def raised() -> list[Any]:
+        ((low, high),) = over_warp(arith.maxnumf, [[own]])
+        found = asm.vector_of(pair, [low, high])
+        grown = arith.cmpf(arith.CmpFPredicate.OGT, found, limit)
+        best = arith.select(grown, found, top)
+        old = exp2(arith.subf(top, best))
+        return [best, *(arith.mulf(x, old) for x in sums)]
+
+    any_ = _of_any(arith.ori(asm.extract(above, 0), asm.extract(above, 1)))
+    return asm.either(any_, [pair] * (1 + len(sums)), raised, lambda: [top, *sums])
+
+
+def _of_any(condition: Any) -> Any:
+    """Whether it holds in a thread of the warp."""
+    code = (
+        "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.u32 $0, 1, 0, p; }"
+    )
+    flag = arith.extui(asm.i32(), condition)
+    found = mgpu.utils.inline_ptx(code, flag, result_types=asm.i32(), convergent=True)
+    return arith.cmpi(arith.CmpIPredicate.ne, found, asm.const(0))
+
+
+def _in_tiles(words: list[Any]) -> list[Any]:
+    return [
+        asm.array(np.array(words[i : i + 2], dtype=object), WGMMA, (ROWS, QUERIES))
+        for i in range(0, len(words), 2)
+    ]

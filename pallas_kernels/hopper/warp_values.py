@@ -14,18 +14,18 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from . import asm
 from .fragments import Plan
-from .halves import halves_of
-from .layout import COLUMN, ROWS, WGMMA, tiled
+from .in_place import load_offset, operands_of, scaled, second_operand
+from .layout import ROWS, WGMMA, tiled
 from .softmax import Scores, in_order
 from .warps import QUERIES, array_of, decoded, load_codes, mma16, sums_of
 
 
 def add_values(
     outs: list[jax.Array],
-    old: jax.Array,
     weights: Scores,
     codes: Any,
     tables: list[Any],
+    offsets: Any,
     plan: Plan,
     *,
     runs: int,
@@ -34,12 +34,14 @@ def add_values(
     groups: int,
     interpret: bool,
 ) -> list[jax.Array]:
-    """``outs * old`` and the values of all tiles times their weights.
+    """`outs` and the values of all tiles times their weights, which scales multiply, not codes.
 
     Args:
-      outs: for each 16 elements of a row ``f32[64, 8]``; row ``16 w + g + 8 r`` is what warp w has of element 2 g + r.
+      outs: for each 16 elements of a row ``f32[64, 8]``; row ``16 w + g + 8 r`` is what warp w has of element 2 g + r,
+        over `unit_of` its piece; the interpreter has the elements.
       codes: ``uint8[64 tiles, row_bytes]`` in shared memory, `tiled`; flat where rows are less than 64 bytes.
       tables: of the plan, in shared memory, flat ``[64 tiles * groups]``.
+      offsets: from `write_offsets`, for all pieces.
       group, groups: elements that a scale covers, and scales of a row.
     """
     tiles = len(weights)
@@ -48,62 +50,40 @@ def add_values(
             codes[...].reshape(-1, row_bytes), [t[...] for t in tables], plan, group, groups
         )
         own = _weighted(found, weights, runs)
-        return [x * jnp.repeat(old, 16, axis=0) + y for x, y in zip(outs, own)]
+        return [x + y for x, y in zip(outs, own)]
     ref = plgpu.RefType(tiled(jnp.uint8, row_bytes)) if row_bytes >= 64 else plgpu.RefType()
 
     @asm.inline(
         arg_types=(
             [WGMMA] * len(outs),
-            COLUMN,
             [WGMMA] * tiles,
             ref,
             [plgpu.RefType()] * len(tables),
+            plgpu.RefType(),
         ),
         return_type=[plgpu.ShapeDtypeStruct((ROWS, QUERIES), jnp.float32, layout=WGMMA)]
         * len(outs),
     )
-    def run(ctx, outs, old, weights, codes, tables):
-        halves = halves_of(plan)
-        sums = _rescaled([sums_of(x) for x in outs], old.registers.flat[0])
-        columns = max(1, row_bytes // 16)
-        fields = [halves.field(p) for p in range(plan.pieces)]
+    def run(ctx, outs, weights, codes, tables, offsets):
+        made, sums = operands_of(plan), [sums_of(x) for x in outs]
+        fields = [made.field(p) for p in range(plan.pieces)]
         for t, x in enumerate(weights):
-            b = [_moved(v) for v in x.registers.flat]
             words = load_codes(codes, t, runs, row_bytes)
-            terms = _terms(tables, halves, t, runs, groups)
-            for column in range(columns):
-                places = [halves.places(words[column][r]) for r in range(2)]
+            shares = _shares(list(map(_moved, x.registers.flat)), tables, plan, t, runs, groups)
+            for column in range(max(1, row_bytes // 16)):
+                places = [made.places(words[column][r]) for r in range(2)]
                 for p, field in enumerate(fields):
                     first = p * row_bytes + 16 * column
-                    own = terms[min(first // group, groups - 1)]
-                    a = [
-                        asm.bits(
-                            halves.scaled(halves.level(places[r][i], field), *own[r]), asm.i32()
-                        )
-                        for r in range(2)
-                        for i in range(2)
-                    ]
-                    sums[first // 16] = mma16(sums[first // 16], a, b)
+                    own, _ = shares[min(first // group, groups - 1)]
+                    a = [made.level(places[r][i], field) for r in range(2) for i in range(2)]
+                    sums[first // 16] = mma16(sums[first // 16], a, own)
+            for p in range(plan.pieces):
+                offset = load_offset(offsets, p)
+                for i in range(p * row_bytes // 16, (p + 1) * row_bytes // 16):
+                    sums[i] = mma16(sums[i], offset, shares[min(16 * i // group, groups - 1)][1])
         return list(map(array_of, sums))
 
-    return run(outs, old, weights, codes, list(tables))
-
-
-def _rescaled(sums: list[list[Any]], old: Any) -> list[list[Any]]:
-    """Times a factor of each column, if any of a warp's is not 1."""
-    f32, factors = ir.F32Type.get(), [asm.extract(old, e) for e in range(2)]
-    one = arith.constant(f32, 1.0)
-    other = arith.ori(*(arith.cmpf(arith.CmpFPredicate.UNE, x, one) for x in factors))
-    code = (
-        "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.u32 $0, 1, 0, p; }"
-    )
-    flag = arith.extui(asm.i32(), other)
-    found = mgpu.utils.inline_ptx(code, flag, result_types=asm.i32(), convergent=True)
-    any_ = arith.cmpi(arith.CmpIPredicate.ne, found, asm.const(0))
-    flat = [x for four in sums for x in four]
-    rescaled = lambda: [arith.mulf(x, factors[i % 2]) for i, x in enumerate(flat)]
-    results = asm.either(any_, [f32] * len(flat), rescaled, lambda: flat)
-    return [results[i : i + 4] for i in range(0, len(results), 4)]
+    return run(outs, weights, codes, list(tables), offsets)
 
 
 def _moved(v: Any) -> Any:
@@ -113,18 +93,20 @@ def _moved(v: Any) -> Any:
     return mgpu.utils.inline_ptx(code, packed, result_types=asm.i32(), convergent=True)
 
 
-def _terms(tables: list[Any], halves: Any, tile: int, runs: int, groups: int) -> list[list[Any]]:
-    """For each group, and the first and second rows of the 8, scale and rest of a thread's two tokens."""
+def _shares(
+    weights: list[Any], tables: list[Any], plan: Plan, tile: int, runs: int, groups: int
+) -> list[tuple[list[Any], list[Any]]]:
+    """For each group the weights of a thread's tokens with their scales, and what meets `InPlace.offset`."""
     found = [_load_entries(table, tile, runs, groups) for table in tables]
-    out = []
+    made, out = operands_of(plan), []
     for g in range(groups):
-        own = []
-        for r in range(2):
+        own, rest = [], []
+        for r, weight in enumerate(weights):
             tokens = (r, 2 + r) if runs else (2 * r, 2 * r + 1)
             scale, *second = (_pair(*(entries[t][g] for t in tokens)) for entries in found)
-            rest = halves.rest(scale, *second) if second else None
-            own.append((halves.scale(scale), rest))
-        out.append(own)
+            own.append(scaled(weight, made.scale(scale)))
+            rest.append(second_operand(plan, weight, own[-1], second))
+        out.append((own, rest))
     return out
 
 

@@ -71,6 +71,10 @@ def mma16(sums: list[Any], a: list[Any], b: list[Any]) -> list[Any]:
     return list(mgpu.utils.inline_ptx(code, *a, *b, *sums, result_types=[f32] * 4, convergent=True))
 
 
+def no_sums() -> list[Any]:
+    return [arith.constant(ir.F32Type.get(), 0.0)] * 4
+
+
 def sums_of(x: Any) -> list[Any]:
     return [asm.extract(v, e) for v in x.registers.flat for e in range(2)]
 
