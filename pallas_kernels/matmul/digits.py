@@ -40,7 +40,7 @@ def matmul(
     """``[B, M, K] x [B, N, K] -> [B, M, N]``, summed in float32, of `out_dtype` (None: as x).
 
     Args:
-      config: of `rows` 1 and `row_bytes` 128.
+      config: of `row_bytes` 128.
     """
     if x.dtype == jnp.float32:
         return in_halves(matmul, x, w, config, out_dtype, interpret)
@@ -104,7 +104,7 @@ class _Warpgroup(Warpgroup):
 
     def start(self) -> None:
         super().start()
-        p, own = self.p, (self.scratch[name].at[self.part] for name in ("x", "facts"))
+        p, own = self.p, (self.scratch[name].at[self.wg] for name in ("x", "facts"))
         row = self.entry * p.m
         p.split(self.x, *own, row + self.row, row + p.m - 1, self.first, self.interpret)
 
@@ -130,7 +130,7 @@ class _Warpgroup(Warpgroup):
 
     def added(self, total: jax.Array, x: jax.Array, entries: list[jax.Array], at: Any) -> jax.Array:
         """With the sums of a unit, of which facts are at `at`."""
-        facts, block = self.scratch["facts"].at[self.part], self.c.block_m
+        facts, block = self.scratch["facts"].at[self.wg], self.c.block_m
         load = lambda term: hopper.load_for_digits(facts, at + term * block, block, self.interpret)
         scale, *zero = entries
         middle, _ = hopper.excess(self.body.plan)
@@ -141,14 +141,14 @@ class _Warpgroup(Warpgroup):
         """Integer sums of some pieces over some times 64 bytes of stage `i`."""
         p, c, plan, slot = self.p, self.c, self.body.plan, lax.rem(i, self.c.stages)
         staged = self.scratch["staged"].at[self.wg] if self.interpret else None
-        codes = [self.scratch["codes"].at[self.part, slot, s] for s in range(plan.streams)]
+        codes = [self.scratch["codes"].at[self.wg, slot, s] for s in range(plan.streams)]
         form: dict[str, Any] = {"row_bytes": c.row_bytes, "interpret": self.interpret}
 
         def scope(*sums: Any) -> list[jax.Array]:
             for half in halves:
                 made = hopper.expand_bytes(codes, half, plan, pieces, **form)
                 for acc, piece, a in zip(sums, pieces, made):
-                    b = self.scratch["x"].at[self.part, i, piece, :, pl.ds(64 * half, 64)].T
+                    b = self.scratch["x"].at[self.wg, i, piece, :, pl.ds(64 * half, 64)].T
                     hopper.mma(acc, a, b, staged)
             return [acc[...] for acc in sums]
 

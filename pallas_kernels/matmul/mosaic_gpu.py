@@ -2,8 +2,8 @@
 
 ``out.T = w @ x.T``: a warpgroup multiplies 64 rows of the weight, of which it makes 16-bit floats in its registers
 (`hopper.fragments`), with `block_m` rows of x. A stage of the ring is `row_bytes` bytes of codes of each row and the
-columns of x that belong to them, one bulk copy each. Warpgroups of a block take different rows and share x (`rows`), or
-different parts of K (`split`); blocks may split K as well (`grid_k`), and their sums are added by XLA.
+columns of x that belong to them, one bulk copy each. Warpgroups of a block take different parts of K (`split`); blocks
+may split K as well (`grid_k`), and their sums are added by XLA.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ class Config:
 
     Attributes:
       block_m: rows of x in a block: a multiple of 8, up to 256.
-      rows: warpgroups that take 64 rows of the weight each.
       split: warpgroups that take a part of K each.
       stages: of the ring.
       row_bytes: bytes of codes that a stage takes of a row: 64 or 128.
@@ -40,12 +39,22 @@ class Config:
     """
 
     block_m: int = 8
-    rows: int = 1
     split: int = 2
     stages: int = 2
     row_bytes: int = 128
     grid_k: int = 1
     in_flight: int = 8
+
+    @property
+    def kind(self) -> type[FewRows]:
+        return FewRows
+
+    def shared_bytes(self, plan: hopper.Plan) -> int:
+        """Bytes of shared memory that a block takes, barriers not counted."""
+        codes = plan.streams * ROWS * self.row_bytes
+        x = plan.pieces * self.block_m * self.row_bytes * 2
+        sums = (self.split - 1) * ROWS * self.block_m * 4
+        return self.split * self.stages * (codes + x) + sums + hopper.lookup_bytes(plan)
 
 
 def refusal(x: jax.Array, w: Packed) -> str:
@@ -68,7 +77,7 @@ def matmul(
     """``[B, M, K] x [B, N, K] -> [B, M, N]``, summed in float32, of `out_dtype` (None: as x)."""
     if x.dtype == jnp.float32:
         return in_halves(matmul, x, w, config, out_dtype, interpret)
-    problem = FewRows.of(x, w, config, out_dtype, interpret)
+    problem = config.kind.of(x, w, config, out_dtype, interpret)
     (batch, m, _), pieces = x.shape, problem.plan.pieces
     columns = hopper.permute_columns(x.reshape(batch, m, pieces, -1))
     columns = columns.swapaxes(1, 2).reshape(batch * pieces, m, -1)
@@ -82,15 +91,6 @@ def matmul(
 def rows_of(x: jax.Array) -> int:
     """Rows that the kernel multiplies for ``x[..., M, K]``."""
     return x.shape[-2] * (2 if x.dtype == jnp.float32 else 1)
-
-
-def shared_bytes(config: Config, plan: hopper.Plan) -> int:
-    """Bytes of shared memory that a block takes, barriers not counted."""
-    c = config
-    codes = plan.streams * ROWS * c.rows * c.row_bytes
-    x = plan.pieces * c.block_m * c.row_bytes * 2
-    sums = (c.split - 1) * c.rows * ROWS * c.block_m * 4
-    return c.split * c.stages * (codes + x) + sums + hopper.lookup_bytes(plan)
 
 
 class FewRows(Problem):
@@ -167,11 +167,11 @@ class FewRows(Problem):
             out_m = rows_m * c.block_m
         dtype = jnp.float32 if c.grid_k > 1 else self.out_dtype
         kernel = plgpu.kernel(
-            Body(self, out_m),
+            self.body(self, out_m),
             out_type=jax.ShapeDtypeStruct((splits * out_m, self.n), dtype),
-            grid=(pl.cdiv(self.n, ROWS * c.rows), rows_m, splits),
+            grid=(pl.cdiv(self.n, self.height), rows_m, splits),
             grid_names=("n", "m", "z"),
-            num_threads=c.rows * c.split,
+            num_threads=self.warpgroups,
             thread_name="wg",
             scratch_types=self.scratch(),
             compiler_params=plgpu.CompilerParams(
@@ -182,6 +182,20 @@ class FewRows(Problem):
         out = kernel(x, codes, *tables).reshape(self.batch, c.grid_k, out_m, self.n)
         out = out.sum(1) if c.grid_k > 1 else out[:, 0]
         return out[:, : self.m].astype(self.out_dtype)
+
+    @property
+    def body(self) -> type[Body]:
+        return Body
+
+    @property
+    def height(self) -> int:
+        """Rows of the weight that a block takes."""
+        return ROWS
+
+    @property
+    def warpgroups(self) -> int:
+        """Of a block."""
+        return self.config.split
 
     def padded(self, x: jax.Array, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows = -x.shape[1] % self.config.block_m
@@ -201,26 +215,21 @@ class FewRows(Problem):
 
     def scratch(self) -> dict[str, Any]:
         c, plan = self.config, self.plan
-        ring, block = (c.split, c.stages), ROWS * c.rows
         slots = c.split * c.stages
-        tile = hopper.tiled
         scratch: dict[str, Any] = {
             "codes": plgpu.SMEM(
-                (*ring, plan.streams, block, c.row_bytes),
+                (c.split, c.stages, plan.streams, ROWS, c.row_bytes),
                 jnp.uint8,
-                transforms=tile(jnp.uint8, c.row_bytes),
+                transforms=hopper.tiled(jnp.uint8, c.row_bytes),
             ),
             "full": plgpu.Barrier(num_arrivals=self.copies, num_barriers=slots),
             **self.x_scratch(),
         }
-        if c.rows > 1:
-            scratch["empty"] = plgpu.Barrier(num_arrivals=c.rows, num_barriers=slots)
         if c.split > 1:
-            sums = ((c.split - 1) * c.rows, ROWS, self.columns)
-            scratch["sums"] = plgpu.SMEM(sums, jnp.float32)
-            scratch["done"] = plgpu.Barrier(num_arrivals=c.split - 1, num_barriers=c.rows)
+            scratch["sums"] = plgpu.SMEM((c.split - 1, ROWS, self.columns), jnp.float32)
+            scratch["done"] = plgpu.Barrier(num_arrivals=c.split - 1)
         if self.interpret:  # its WGMMA takes no registers
-            scratch["staged"] = plgpu.SMEM((c.rows * c.split, ROWS, 64), scratch["x"].dtype)
+            scratch["staged"] = plgpu.SMEM((c.split, ROWS, 64), scratch["x"].dtype)
         return scratch | hopper.lookup_scratch(plan, self.interpret)
 
 
@@ -236,16 +245,15 @@ class Body:
         x, codes, *tables, out = refs
         p, c = self.problem, self.config
         wg, z = lax.axis_index("wg"), lax.axis_index("z")
-        part, sub = wg // c.rows, lax.rem(wg, c.rows)
         entry, split = z // c.grid_k, lax.rem(z, c.grid_k)
-        block = ROWS * c.rows
         # the last block begins earlier instead of ending later
-        column = jnp.minimum(lax.axis_index("n") * block, max(0, p.n - block))
+        column = jnp.minimum(lax.axis_index("n") * ROWS, p.n - ROWS)
         one = p.warpgroup(
             body=self, x=x, codes=codes, tables=tables, out=out, scratch=scratch, wg=wg,
-            part=part, sub=sub, entry=entry, column=column, row=lax.axis_index("m") * c.block_m,
-            first=(split * c.split + part) * p.mine,
+            entry=entry, column=column, row=lax.axis_index("m") * c.block_m,
+            first=(split * c.split + wg) * p.mine,
         )  # fmt: skip
+        one.start()
         total = one.sums() if p.scales_sums else one.product()
         one.finish(total, z * self.out_m)
 
@@ -253,7 +261,7 @@ class Body:
 @dataclasses.dataclass(frozen=True)
 class Warpgroup:
     """Attributes:
-    part, sub: which part of K and which 64 rows of the block.
+    wg: which one, and which part of K.
     entry: of the batch.
     column, row: where the block's tile of the result begins.
     first: the first stage.
@@ -266,8 +274,6 @@ class Warpgroup:
     out: Any
     scratch: dict[str, Any]
     wg: Any
-    part: Any
-    sub: Any
     entry: Any
     column: Any
     row: Any
@@ -285,22 +291,24 @@ class Warpgroup:
     def interpret(self) -> bool:
         return self.body.interpret
 
+    @property
+    def ring(self) -> Any:
+        """Which ring it reads from."""
+        return self.wg
+
     def barrier(self, name: str, slot: Any) -> Any:
-        return self.scratch[name].at[self.part * self.c.stages + slot]
+        return self.scratch[name].at[self.ring * self.c.stages + slot]
 
     # the ring
 
     def fetch(self, i: Any) -> None:
         """Starts the copies of a stage."""
-        p, c, plan = self.p, self.c, self.body.plan
+        p, c = self.p, self.c
         slot, offset = lax.rem(i, c.stages), (self.first + i) * c.row_bytes
-        full, rows = (
-            self.barrier("full", slot),
-            pl.ds(self.entry * p.n + self.column, ROWS * c.rows),
-        )
-        for stream in range(plan.streams):
+        full, rows = self.barrier("full", slot), pl.ds(self.table_row, p.height)
+        for stream in range(p.plan.streams):
             columns = pl.ds(stream * p.piece + offset, c.row_bytes)
-            to = self.scratch["codes"].at[self.part, slot, stream]
+            to = self.scratch["codes"].at[self.ring, slot, stream]
             plgpu.copy_gmem_to_smem(self.codes.at[rows, columns], to, full)
         self.fetch_x(slot, offset, full)
 
@@ -308,44 +316,30 @@ class Warpgroup:
         c, plan = self.c, self.body.plan
         pieces = pl.ds(self.entry * plan.pieces, plan.pieces)
         x = self.x.at[pieces, pl.ds(self.row, c.block_m), pl.ds(column, c.row_bytes)]
-        plgpu.copy_gmem_to_smem(x, self.scratch["x"].at[self.part, slot], full)
+        plgpu.copy_gmem_to_smem(x, self.scratch["x"].at[self.ring, slot], full)
 
     def start(self) -> None:
         for i in range(min(self.c.stages, self.p.mine)):
-            self.as_leader(lambda i=i: self.fetch(jnp.int32(i)))
+            self.fetch(jnp.int32(i))
         lookup = self.scratch.get("lookup")
-        hopper.fill_lookup(lookup, self.body.plan, self.p.dtype, self.c.rows * self.c.split)
-
-    def as_leader(self, run: Any, also: Any = True) -> None:
-        """`run` by the warpgroup that fetches for all that share a ring."""
-        if self.c.rows > 1:
-            also = also & (self.sub == 0)
-        if also is True:
-            run()
-        else:
-            pl.when(also)(run)
+        hopper.fill_lookup(lookup, self.body.plan, self.p.dtype, self.c.split)
 
     def release(self, i: Any) -> None:
-        """Stage `i` was read: refills its slot, or that of the stage before where other warpgroups read it too."""
-        c, mine = self.c, self.p.mine
+        """Stage `i` was read: refills its slot."""
+        late = i + self.c.stages
         hopper.sync(self.interpret)
-        if c.rows == 1:
-            self.as_leader(lambda: self.fetch(i + c.stages), i + c.stages < mine)
-            return
-        plgpu.barrier_arrive(self.barrier("empty", lax.rem(i, c.stages)))
-        late = i + c.stages - 1
-
-        def refill() -> None:
-            plgpu.barrier_wait(self.barrier("empty", lax.rem(late, c.stages)))
-            self.fetch(late)
-
-        self.as_leader(refill, (i > 0) & (late < mine))
+        pl.when(late < self.p.mine)(lambda: self.fetch(late))
 
     # a stage
 
     @property
+    def rows(self) -> Any:
+        """Of a slot's codes: its own."""
+        return pl.ds(0, ROWS)
+
+    @property
     def table_row(self) -> Any:
-        return self.entry * self.p.n + self.column + self.sub * ROWS
+        return self.entry * self.p.n + self.column
 
     def entries(self, i: Any) -> list[list[jax.Array]]:
         """Table entries of a stage, piece by piece."""
@@ -396,8 +390,9 @@ class Warpgroup:
         slot = lax.rem(i, c.stages)
         plgpu.barrier_wait(self.barrier("full", slot))
         staged = self.scratch["staged"].at[self.wg] if self.interpret else None
-        rows = pl.ds(self.sub * ROWS, ROWS)
-        codes = [self.scratch["codes"].at[self.part, slot, s, rows] for s in range(plan.streams)]
+        codes = [
+            self.scratch["codes"].at[self.ring, slot, s, self.rows] for s in range(plan.streams)
+        ]
         batches = [
             (half, range(first, min(first + c.in_flight, plan.pieces)))
             for half in range(c.row_bytes // 64)
@@ -417,13 +412,12 @@ class Warpgroup:
             own = accumulators[64 * half * len(accumulators) // c.row_bytes]
             for piece, a in zip(pieces, made):
                 columns = pl.ds(64 * half, 64)
-                b = self.scratch["x"].at[self.part, slot, piece, :, columns].T
+                b = self.scratch["x"].at[self.ring, slot, piece, :, columns].T
                 hopper.mma(own[piece], a, b, staged)
 
     def product(self) -> jax.Array:
         """Scaled weights times x, in one accumulator."""
         p, c, plan = self.p, self.c, self.body.plan
-        self.start()
 
         def scope(acc: Any) -> jax.Array:
             def step(i: Any, now: Any) -> Any:
@@ -442,7 +436,6 @@ class Warpgroup:
     def sums(self) -> jax.Array:
         """Sums of each unit and piece, scaled and added in registers."""
         p, stages = self.p, hopper.AHEAD // self.p.stage_units
-        self.start()
 
         def some(o: Any, carry: Any) -> Any:
             """The stages whose entries are loaded at once."""
@@ -483,33 +476,28 @@ class Warpgroup:
 
     def finish(self, total: jax.Array, row: Any) -> None:
         """Adds what the warpgroups with other parts of K have, and writes the tile to rows from `row` on."""
-        p, c = self.p, self.c
-        column, start = self.column + self.sub * ROWS, row + self.row
-        store = lambda x: hopper.store_transposed(
-            self.out,
-            x,
-            start,
-            column,
-            row + self.body.out_m,
-            self.interpret,
-            every=p.columns // c.block_m,
-        )
+        c = self.c
         if c.split == 1:
-            store(total)
+            self.store(total, row)
             return
-        sums, done = self.scratch["sums"], self.scratch["done"].at[self.sub]
+        sums, done = self.scratch["sums"], self.scratch["done"]
 
-        @pl.when(self.part > 0)
+        @pl.when(self.wg > 0)
         def _() -> None:
-            sums[(self.part - 1) * c.rows + self.sub] = total
+            sums[self.wg - 1] = total
             hopper.sync(self.interpret)
             plgpu.barrier_arrive(done)
 
-        @pl.when(self.part == 0)
+        @pl.when(self.wg == 0)
         def _() -> None:
             plgpu.barrier_wait(done)
             x = total
             for j in range(c.split - 1):
-                other = sums.at[j * c.rows + self.sub]
-                x = x + plgpu.load(other, layout=plgpu.Layout.WGMMA, optimized=False)
-            store(x)
+                x = x + plgpu.load(sums.at[j], layout=plgpu.Layout.WGMMA, optimized=False)
+            self.store(x, row)
+
+    def store(self, total: jax.Array, row: Any) -> None:
+        hopper.store_transposed(
+            self.out, total, row + self.row, self.column, row + self.body.out_m, self.interpret,
+            every=self.p.columns // self.c.block_m,
+        )  # fmt: skip

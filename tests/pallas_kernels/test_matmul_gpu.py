@@ -12,7 +12,7 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 
 from stowax.pallas_kernels import codecs, hopper, kernel_name, matmul
-from stowax.pallas_kernels.matmul import digits, dispatch, many_rows, mosaic_gpu, tuned, xla
+from stowax.pallas_kernels.matmul import digits, dispatch, many_rows, mosaic_gpu, tall, tuned, xla
 from stowax.pallas_kernels.matmul.mosaic_gpu import Config
 
 # spec, M, K, N, config, dtype: formats, ragged rows and columns, groups across a stage, every way to share K and rows
@@ -24,7 +24,10 @@ SLOW = {
     "int4, units of a stage": ("int4-g64-sym", 9, 512, 64, Config(16), "float16"),
     "int8, zeros of units": ("int8-g64-asym", 3, 384, 64, Config(split=1), "bfloat16"),
     "int4, a channel": ("int4-sym", 9, 512, 64, Config(16), "float16"),
-    "int4, small groups": ("int4-g32", 20, 384, 128, Config(16, rows=2, split=1), "bfloat16"),
+    "int4, small groups": ("int4-g32", 20, 384, 128, Config(16, split=1), "bfloat16"),
+    "int4, two strips": ("int4-g32", 20, 384, 136, tall.Config(24, stages=3), "bfloat16"),
+    "int4, four strips, K over blocks": ("int4-g128", 40, 2304, 264, tall.Config(48, strips=4, grid_k=2), "bfloat16"),
+    "nf4, two strips": ("nf4-g64", 5, 512, 128, tall.Config(), "float16"),
     "int4, K over blocks": ("int4-g32-sym", 7, 512, 64, Config(split=1, row_bytes=64, grid_k=2), "bfloat16"),
     "int8": ("int8", 5, 256, 64, Config(split=1), "bfloat16"),
     "int8, zeros": ("int8-g32-asym", 5, 256, 64, Config(split=1), "bfloat16"),
@@ -208,8 +211,8 @@ def test_every_shape_gets_blocks_that_fit(spec):
     for k, n in REAL:
         for m in (1, 2, 8, 9, 16, 31, 64, 65, 128, 129, 256, 1000, 1025):
             c = tuned.config(plan, m, n, k)
-            assert mosaic_gpu.shared_bytes(c, plan) <= tuned.SHARED_BYTES
-            assert 64 * c.rows <= n
+            assert c.shared_bytes(plan) <= tuned.SHARED_BYTES
+            assert 64 * getattr(c, "strips", 1) <= n
             assert c.block_m % 8 == 0
             assert c.grid_k * c.split * c.row_bytes <= 2 * max(
                 k // plan.pieces, c.row_bytes * c.split
@@ -220,7 +223,7 @@ def test_a_multiprocessor_holds_two_blocks_with_their_table_of_levels():
     plan = hopper.plan_of(codecs.get("nf4-g64"))
     for m in (1, 16, 32, 64):
         c = tuned.config(plan, m, 14336, 4096)
-        assert 2 * (mosaic_gpu.shared_bytes(c, plan) + 1024) < 228 * 1024  # the driver takes 1024
+        assert 2 * (c.shared_bytes(plan) + 1024) < 228 * 1024  # the driver takes 1024
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -9,8 +9,8 @@ import pathlib
 from typing import Any
 
 from ...hopper import ROWS, Plan
-from .. import digits, many_rows, tiles, w4a8_mosaic_gpu, w8a8_mosaic_gpu
-from ..mosaic_gpu import Config, shared_bytes
+from .. import digits, many_rows, tall, tiles, w4a8_mosaic_gpu, w8a8_mosaic_gpu
+from ..mosaic_gpu import Config
 
 SHARED_BYTES = 227 * 1024  # a block of a Hopper GPU has
 MULTIPROCESSORS = 132
@@ -25,14 +25,22 @@ def table(device: str) -> dict[str, Any]:
 def config(plan: Plan, m: int, n: int, k: int, device: str = "hopper") -> Config:
     """The blocks for ``[M, K] x [N, K]``: the first rule that fits, made smaller where shared memory is too small."""
     for rule in table(device)["rules"]:
-        if m <= rule["max_m"] and _is_for(rule, plan):
+        if m <= rule["max_m"] and _is_for(rule, plan) and _is_tall_enough(rule, n):
             break
     else:
         raise AssertionError(f"no rule for M = {m}")
-    chosen = _fitting(Config(**rule["config"]), plan, k // plan.pieces)
-    while n < ROWS * chosen.rows:
-        chosen = dataclasses.replace(chosen, rows=chosen.rows // 2)
-    return dataclasses.replace(chosen, grid_k=_parts(chosen, plan, m, n, k, rule["blocks"]))
+    first = tall.Config(**rule["tall"]) if "tall" in rule else Config(**rule["config"])
+    chosen = _fitting(first, plan, k // plan.pieces)
+    return dataclasses.replace(chosen, grid_k=_parts(chosen, plan, m, n, k, rule.get("blocks", 0)))
+
+
+def _is_tall_enough(rule: dict[str, Any], n: int) -> bool:
+    """Whether N rows have a block's strips and, where K is not parted, keep four of five multiprocessors busy."""
+    if "tall" not in rule:
+        return True
+    blocks = n / (ROWS * rule["tall"]["strips"])
+    places = -(-blocks // MULTIPROCESSORS) * MULTIPROCESSORS
+    return blocks >= (1 if "blocks" in rule else 0.8 * places)
 
 
 def digits_config(plan: Plan, m: int, n: int, k: int, device: str = "hopper") -> Config | None:
@@ -51,7 +59,7 @@ def digits_config(plan: Plan, m: int, n: int, k: int, device: str = "hopper") ->
 
 def _parts(config: Config, plan: Plan, m: int, n: int, k: int, wanted: int) -> int:
     """Blocks that share K, where there would be less than `wanted` blocks otherwise."""
-    blocks = -(-n // (ROWS * config.rows)) * -(-m // config.block_m)
+    blocks = -(-n // (ROWS * getattr(config, "strips", 1))) * -(-m // config.block_m)
     stages = k // plan.pieces // (config.row_bytes * config.split)
     parts = 1
     while 2 * parts * blocks <= wanted and 2 * parts <= min(stages, 8):
@@ -64,7 +72,7 @@ def _fitting(config: Config, plan: Plan, piece: int) -> Config:
         piece % config.row_bytes or plan.streams > 1
     ):  # more codes a stage: keep room for a second block
         config = dataclasses.replace(config, row_bytes=64)
-    while shared_bytes(config, plan) > SHARED_BYTES:
+    while config.shared_bytes(plan) > SHARED_BYTES - 1024:  # barriers take some
         if config.row_bytes == 128:
             config = dataclasses.replace(config, row_bytes=64)
         elif config.stages > 2:
