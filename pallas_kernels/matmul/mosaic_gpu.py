@@ -36,6 +36,7 @@ class Config:
       grid_k: blocks that take a part of K each.
       in_flight: operands of 16 registers each that are multiplied at once: with 128 registers a thread at most, a
         multiprocessor holds two blocks.
+      strips: of 64 rows of the weight that a block takes; more than one in `tall`.
     """
 
     block_m: int = 8
@@ -44,6 +45,7 @@ class Config:
     row_bytes: int = 128
     grid_k: int = 1
     in_flight: int = 8
+    strips: int = 1
 
     @property
     def kind(self) -> type[FewRows]:
@@ -51,7 +53,7 @@ class Config:
 
     def shared_bytes(self, plan: hopper.Plan) -> int:
         """Bytes of shared memory that a block takes, barriers not counted."""
-        codes = plan.streams * ROWS * self.row_bytes
+        codes = plan.streams * ROWS * self.strips * self.row_bytes
         x = plan.pieces * self.block_m * self.row_bytes * 2
         sums = (self.split - 1) * ROWS * self.block_m * 4
         return self.split * self.stages * (codes + x) + sums + hopper.lookup_bytes(plan)
@@ -190,7 +192,7 @@ class FewRows(Problem):
     @property
     def height(self) -> int:
         """Rows of the weight that a block takes."""
-        return ROWS
+        return ROWS * self.config.strips
 
     @property
     def warpgroups(self) -> int:
@@ -218,7 +220,7 @@ class FewRows(Problem):
         slots = c.split * c.stages
         scratch: dict[str, Any] = {
             "codes": plgpu.SMEM(
-                (c.split, c.stages, plan.streams, ROWS, c.row_bytes),
+                (c.split, c.stages, plan.streams, self.height, c.row_bytes),
                 jnp.uint8,
                 transforms=hopper.tiled(jnp.uint8, c.row_bytes),
             ),
@@ -229,7 +231,7 @@ class FewRows(Problem):
             scratch["sums"] = plgpu.SMEM((c.split - 1, ROWS, self.columns), jnp.float32)
             scratch["done"] = plgpu.Barrier(num_arrivals=c.split - 1)
         if self.interpret:  # its WGMMA takes no registers
-            scratch["staged"] = plgpu.SMEM((c.split, ROWS, 64), scratch["x"].dtype)
+            scratch["staged"] = plgpu.SMEM((self.warpgroups, ROWS, 64), scratch["x"].dtype)
         return scratch | hopper.lookup_scratch(plan, self.interpret)
 
 

@@ -38,11 +38,6 @@ class Config(mosaic_gpu.Config):
     def kind(self) -> type[FewRows]:
         return Tall
 
-    def shared_bytes(self, plan: hopper.Plan) -> int:
-        codes = plan.streams * ROWS * self.strips * self.row_bytes
-        x = plan.pieces * self.block_m * self.row_bytes * 2
-        return self.stages * (codes + x) + hopper.lookup_bytes(plan)
-
 
 class Tall(FewRows):
     """The product of some rows, by blocks of several strips."""
@@ -58,28 +53,15 @@ class Tall(FewRows):
         return False
 
     @property
-    def height(self) -> int:
-        """Rows of the weight that a block takes."""
-        return self.config.strips * ROWS
-
-    @property
     def warpgroups(self) -> int:
         return self.config.strips + 1
 
     def scratch(self) -> dict[str, Any]:
-        c, shape = self.config, (self.plan.streams, self.height, self.config.row_bytes)
-        scratch = super().scratch() | {
-            "codes": plgpu.SMEM(
-                (1, c.stages, *shape),
-                jnp.uint8,
-                transforms=hopper.tiled(jnp.uint8, c.row_bytes),
-            ),
+        c = self.config
+        return super().scratch() | {
             "empty": plgpu.Barrier(num_arrivals=c.strips, num_barriers=c.stages),
             "words": plgpu.SMEM((c.strips, 1), jnp.int32),
         }
-        if self.interpret:
-            scratch["staged"] = plgpu.SMEM((c.strips, ROWS, 64), self.dtype)
-        return scratch
 
 
 class Body(mosaic_gpu.Body):

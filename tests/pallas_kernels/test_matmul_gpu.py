@@ -212,7 +212,7 @@ def test_every_shape_gets_blocks_that_fit(spec):
         for m in (1, 2, 8, 9, 16, 31, 64, 65, 128, 129, 256, 1000, 1025):
             c = tuned.config(plan, m, n, k)
             assert c.shared_bytes(plan) <= tuned.SHARED_BYTES
-            assert 64 * getattr(c, "strips", 1) <= n
+            assert 64 * c.strips <= n
             assert c.block_m % 8 == 0
             assert c.grid_k * c.split * c.row_bytes <= 2 * max(
                 k // plan.pieces, c.row_bytes * c.split

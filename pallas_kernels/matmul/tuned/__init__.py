@@ -59,7 +59,7 @@ def digits_config(plan: Plan, m: int, n: int, k: int, device: str = "hopper") ->
 
 def _parts(config: Config, plan: Plan, m: int, n: int, k: int, wanted: int) -> int:
     """Blocks that share K, where there would be less than `wanted` blocks otherwise."""
-    blocks = -(-n // (ROWS * getattr(config, "strips", 1))) * -(-m // config.block_m)
+    blocks = -(-n // (ROWS * config.strips)) * -(-m // config.block_m)
     stages = k // plan.pieces // (config.row_bytes * config.split)
     parts = 1
     while 2 * parts * blocks <= wanted and 2 * parts <= min(stages, 8):
