@@ -120,7 +120,7 @@ class TokenKeys(TokenRows):
             load = lambda t, at=i * piece: hopper.load_table(
                 t, self.groups, jnp.int32(0), jnp.int32(at), self.group, whole, interpret
             )
-            terms.append(hopper.terms_of(self.plan, [load(t) for t in tables], jnp.float16))
+            terms.append(hopper.terms_of(self.plan, i, [load(t) for t in tables], jnp.float16))
         for half in range(self.row_bytes // 64):
             made = hopper.expand(
                 [codes], half, terms, self.plan,

@@ -14,6 +14,7 @@ from .fragments import offset_of as offset_of
 from .fragments import plan_of as plan_of
 from .fragments import refusal as refusal
 from .fragments import terms_of as terms_of
+from .fragments import weight_unit as weight_unit
 from .in_place import offset_scratch as offset_scratch
 from .in_place import unit_of as unit_of
 from .in_place import write_offsets as write_offsets
@@ -27,6 +28,7 @@ from .layout import load_table as load_table
 from .layout import mma as mma
 from .layout import permute_columns as permute_columns
 from .layout import pick as pick
+from .layout import pick_terms as pick_terms
 from .layout import scale_rows as scale_rows
 from .layout import settled as settled
 from .layout import store_transposed as store_transposed

@@ -2,7 +2,8 @@
 
 Two codes at a time become two 16-bit floats in a register. An integer is put into the mantissa of a power of two, by
 one logical operation, and what is too much is subtracted: exact, and without a conversion. Codes of several planes are
-put together on the way.
+put together on the way. Where a code of bfloat16 weights is a field of a byte it stays where it lies: a bfloat16 below
+the smallest normal number, which the multiplication that scales it takes exactly.
 """
 
 from __future__ import annotations
@@ -135,7 +136,24 @@ def offset_of(plan: Plan, dtype: Any) -> int:
     return -128 if plan.bits == 8 and dtype == jnp.bfloat16 else MAGIC[jnp.dtype(dtype).name]
 
 
-def terms_of(plan: Plan, tables: Sequence[jax.Array], dtype: Any) -> tuple[jax.Array, ...]:
+LOWEST = 133  # the lowest bit of a bfloat16 is 2**-133
+SIGN = 0x8000
+DOWN = 33  # weights made of codes in place are 2**-33 of what they are
+
+
+def is_in_place(plan: Plan, dtype: Any) -> bool:
+    """Whether `expand` makes scaled weights of codes where they lie: scales have to be below 2**27."""
+    return plan.kind == "int" and plan.streams == 1 and dtype == jnp.bfloat16
+
+
+def weight_unit(plan: Plan, dtype: Any) -> float:
+    """What a weight is to what `expand` makes of it with terms."""
+    return 2.0**DOWN if is_in_place(plan, dtype) else 1.0
+
+
+def terms_of(
+    plan: Plan, piece: int, tables: Sequence[jax.Array], dtype: Any
+) -> tuple[jax.Array, ...]:
     """What `expand` wants of a piece's table entries: scale, scale and mean, or base, scale and rest.
 
     ``(code - zero) * scale = (code - base) * scale + rest`` with an integer base, so that nothing is lost where zeros
@@ -143,11 +161,25 @@ def terms_of(plan: Plan, tables: Sequence[jax.Array], dtype: Any) -> tuple[jax.A
     """
     scale = tables[0].astype(jnp.float32)
     if not plan.has_zero:
-        return (scale.astype(dtype), *(t.astype(dtype) for t in tables[1:]))
+        up = _code_unit(plan, piece) / 2.0**DOWN if is_in_place(plan, dtype) else 1.0
+        return ((scale * up).astype(dtype), *(t.astype(dtype) for t in tables[1:]))
     zero = tables[1].astype(jnp.float32)
+    if is_in_place(plan, dtype):
+        base = jnp.round(zero).astype(dtype)
+        rest = (base.astype(jnp.float32) - zero) * scale * 2.0**-DOWN
+        return (
+            base,
+            (scale * (_code_unit(plan, piece) / 2.0**DOWN)).astype(dtype),
+            rest.astype(dtype),
+        )
     base = jnp.round(zero)
     rest = (base - zero) * scale
     return tuple(t.astype(dtype) for t in (base + offset_of(plan, dtype), scale, rest))
+
+
+def _code_unit(plan: Plan, piece: int) -> float:
+    """What a code of a piece is to the bfloat16 that it is in place."""
+    return 2.0 ** (LOWEST - plan.bits * piece)
 
 
 def expand(
@@ -167,8 +199,8 @@ def expand(
     Args:
       codes: a tile ``uint8[64, row_bytes]`` of each stream in shared memory.
       half: which 64 bytes.
-      terms: for each piece `terms_of` its tables, or () for codes less `middle`, unscaled; where there is a table of
-        zeros those are codes and `offset_of`.
+      terms: for each piece `terms_of` its tables, as they are or from `pick_terms`, or () for codes less `middle`,
+        unscaled; where there is a table of zeros those are codes and `offset_of`.
       pieces: which, None for all; each takes 16 registers.
       lookup: the table of `lookup_scratch`, filled, where the plan has one.
     """
@@ -185,13 +217,20 @@ def expand(
     )
     def run(ctx, refs, flat, levels):
         words = load_words(refs, half, row_bytes)
-        pick = lambda v: asm.doubled(v, 0 if ir.VectorType(v.type).shape[0] == 1 else half)
-        pairs = [[pick(v) for v in t.registers.flat] for t in flat]
-        maker = MAKERS[plan.kind](plan, jnp.dtype(dtype), *levels)
+        pairs = [[_pair_of(v, half) for v in t.registers.flat] for t in flat]
+        maker = _maker(plan, jnp.dtype(dtype), bool(flat), levels)
         registers = maker(words, jax.tree.unflatten(tree, pairs), pieces)
         return [asm.array(r, WGMMA, (ROWS, 64)) for r in registers]
 
     return run(list(codes), flat, levels)
+
+
+def _pair_of(term: Any, half: int) -> Any:
+    """A term for two codes."""
+    kind = ir.VectorType(term.type)
+    if kind.element_type == asm.i32():  # from `pick_terms`
+        return asm.extract(term, 0)
+    return asm.doubled(term, 0 if kind.shape[0] == 1 else half)
 
 
 def _given(lookup: Any) -> list[Any]:
@@ -276,15 +315,15 @@ def expand_in_order(
     )
     def run(ctx, words, flat, levels):
         own = jax.tree.unflatten(tree, [[asm.doubled(v) for v in t.registers.flat] for t in flat])
-        maker = MAKERS[plan.kind](plan, jnp.dtype(dtype), *levels)
+        maker = _maker(plan, jnp.dtype(dtype), bool(flat), levels)
         streams = [w.registers.reshape(2, 2) for w in words]
         registers = np.empty((8, 2), dtype=object)
         for r in range(2):
             for t in range(4):
                 mine = [asm.extract(stream[t // 2, r], t % 2) for stream in streams]
-                scale = [term[r] for term in own[t * len(own) // 4]]
+                mine_too = maker.terms(piece, [term[r] for term in own[t * len(own) // 4]])
                 for o, pair in enumerate(maker.pairs(mine)[piece]):
-                    registers[2 * t + o, r] = asm.bits(maker.scaled(pair, scale), maker.vector)
+                    registers[2 * t + o, r] = asm.bits(maker.scaled(pair, mine_too), maker.vector)
         return asm.array(registers, WGMMA, (ROWS, 64))
 
     return run(list(words), flat, levels)
@@ -324,10 +363,14 @@ class _Maker:
             for t in range(4):
                 pairs = self.pairs([stream[r][t] for stream in words])
                 for piece, registers in zip(pieces, out):
-                    own = [term[r] for term in terms[piece]]
+                    own = self.terms(piece, [term[r] for term in terms[piece]])
                     for o, pair in enumerate(pairs[piece]):
                         registers[2 * t + o, r] = asm.bits(self.scaled(pair, own), self.vector)
         return out
+
+    def terms(self, piece: int, terms: list[Any]) -> list[Any]:
+        """What `scaled` wants of the terms of a piece."""
+        return terms
 
     def pairs(self, words: list[Any]) -> list[list[Any]]:
         """For each piece the levels of bytes 0 and 2, and of bytes 1 and 3, of the words of a thread."""
@@ -398,6 +441,27 @@ class _Ints(_Maker):
         return self.fma(self.sub(pair, base), scale, rest)
 
 
+class _InPlace(_Maker):
+    """Codes where they lie, to be scaled; the same rounding as after a subtraction."""
+
+    def terms(self, piece: int, terms: list[Any]) -> list[Any]:
+        up, middle = self.plan.bits * piece, self.plan.middle
+        if self.plan.has_zero:
+            base, scale, rest = terms
+            return [self.mul(base, asm.const(asm.both(1 << up))), scale, rest]
+        (scale,) = terms
+        return [scale, self.mul(scale, asm.const(asm.both(SIGN | middle << up)))]
+
+    def pair(self, words: list[Any], fields: tuple[Field, ...], o: int) -> Any:
+        (field,), (word,) = fields, words
+        v = arith.shrui(word, asm.const(8)) if o else word
+        return arith.andi(v, asm.const(asm.both((2**field.width - 1) << field.shift)))
+
+    def scaled(self, pair: Any, terms: list[Any]) -> Any:
+        *base, scale, rest = terms
+        return self.fma(self.sub(pair, *base) if base else pair, scale, rest)
+
+
 class _Odd(_Maker):
     """Levels that mirror each other, as `halves` makes them."""
 
@@ -447,6 +511,12 @@ class _Levels(_Maker):
 MAKERS = {"int": _Ints, "odd": _Odd, "float": _Floats, "levels": _Levels}
 
 
+def _maker(plan: Plan, dtype: Any, is_scaled: bool, levels: Sequence[Any]) -> _Maker:
+    if is_scaled and is_in_place(plan, dtype):
+        return _InPlace(plan, dtype)
+    return MAKERS[plan.kind](plan, dtype, *levels)
+
+
 def _expanded(
     codes: list[jax.Array], half: int, terms: Any, plan: Plan, dtype: Any, pieces: range
 ) -> list[jax.Array]:
@@ -487,7 +557,15 @@ def _values(
     Args:
       columns: its terms, spread over the numbers; none for levels unscaled.
     """
-    level = level_of(code_of(streams, plan.fields[piece]), plan)
+    code = code_of(streams, plan.fields[piece])
+    if columns and is_in_place(plan, dtype):
+        *base, scale = columns[: len(plan.tables)]
+        scale = scale * (
+            2.0**DOWN / _code_unit(plan, piece)
+        )  # codes in place are too small for a CPU
+        weight = (code - (base[0] if base else plan.middle)) * scale * 2.0**-DOWN
+        return (weight + columns[2] if base else weight).astype(dtype)
+    level = level_of(code, plan)
     if plan.has_zero:
         level = level + offset_of(plan, dtype)
     if plan.has_zero and columns:

@@ -225,6 +225,35 @@ def pick(entries: jax.Array, i: Any, interpret: bool) -> jax.Array:
     return run(entries, i)
 
 
+def pick_terms(terms: jax.Array, i: Any, interpret: bool) -> jax.Array:
+    """Column `i` of 16-bit ``[64, 8]``, whose columns are as those of `load_ahead`: ``[64]``, for `expand`.
+
+    Each as a word that has it twice.
+    """
+    if interpret:
+        return jnp.take(terms, i, axis=1)
+
+    @asm.inline(
+        arg_types=(WGMMA, SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.int32, layout=ROW),
+    )
+    def run(ctx, terms, i):
+        i, lane = asm.scalar(i), arith.index_cast(asm.i32(), asm.thread())
+        source = arith.addi(arith.andi(lane, asm.const(28)), arith.shrui(i, asm.const(1)))
+        half = arith.addi(
+            arith.muli(arith.andi(i, asm.const(1)), asm.const(0x2222)), asm.const(0x1010)
+        )
+        one, out = ir.VectorType.get((1,), asm.i32()), []
+        for x in terms.registers.flat:
+            x = asm.bits(x, asm.i32())
+            word = asm.word("shfl.sync.idx.b32 $0, $1, $2, 31, -1;", x, source)
+            word = asm.word("prmt.b32 $0, $1, $1, $2;", word, half)
+            out.append(vector.from_elements(one, [word]))
+        return asm.array(np.array(out, dtype=object), ROW, (ROWS,), is_signed=True)
+
+    return run(terms, i)
+
+
 def load_columns(ref: Any, first: Any, stride: int, width: int, interpret: bool) -> jax.Array:
     """``ref[first + stride * i]`` for `width` columns i of a flat float32 array in global memory: for `scale_rows`."""
     if interpret:

@@ -191,7 +191,7 @@ class Block(tiles.Block):
     def decoded(self, words: Any, half: int, piece: int, entries: Any) -> jax.Array:
         """What a step multiplies."""
         p = self.problem
-        terms = [hopper.terms_of(p.plan, own, p.dtype) for own in entries[half, piece]]
+        terms = [hopper.terms_of(p.plan, piece, own, p.dtype) for own in entries[half, piece]]
         return hopper.expand_in_order(
             words, piece, terms, p.plan, dtype=p.dtype, interpret=p.interpret,
             lookup=self.scratch.get("lookup"),
@@ -236,7 +236,7 @@ class Block(tiles.Block):
                 return place, slot, words, weights, now
 
             state_ = lax.fori_loop(0, item.count, step, state)
-            total = self.settled(acc)
+            total = self.settled(acc) * p.weight_unit
             self.release(self.before(state_[1]))
             return total, state_
 

@@ -81,6 +81,8 @@ def matmul(
         return in_halves(matmul, x, w, config, out_dtype, interpret)
     problem = config.kind.of(x, w, config, out_dtype, interpret)
     (batch, m, _), pieces = x.shape, problem.plan.pieces
+    if not problem.scales_sums:
+        x = x * problem.weight_unit
     columns = hopper.permute_columns(x.reshape(batch, m, pieces, -1))
     columns = columns.swapaxes(1, 2).reshape(batch * pieces, m, -1)
     columns = jnp.pad(columns, ((0, 0), (0, -m % 8), (0, 0)))
@@ -419,21 +421,35 @@ class Warpgroup:
 
     def product(self) -> jax.Array:
         """Scaled weights times x, in one accumulator."""
-        p, c, plan = self.p, self.c, self.body.plan
+        p, c = self.p, self.c
+        ahead = hopper.AHEAD if p.whole else 1
+        load = self.entries_ahead if p.whole else self.entries
 
         def scope(acc: Any) -> jax.Array:
-            def step(i: Any, now: Any) -> Any:
-                later = self.entries(i + 1)
-                terms = [hopper.terms_of(plan, entries, p.dtype) for entries in now]
-                self.multiply(i, terms, [[acc] * plan.pieces])
-                plgpu.wgmma_wait(0)
-                self.release(i)
+            def some(o: Any, now: Any) -> Any:
+                """The stages whose entries are loaded at once."""
+                later, terms = load((o + 1) * ahead), p.terms(now)
+                one = lambda s, _: self.stage(o * ahead + s, s, terms, acc)
+                lax.fori_loop(0, jnp.minimum(ahead, p.mine - o * ahead), one, None)
                 return later
 
-            lax.fori_loop(0, p.mine, step, self.entries(jnp.int32(0)))
-            return acc[...]
+            lax.fori_loop(0, pl.cdiv(p.mine, ahead), some, load(jnp.int32(0)))
+            return self.settled(acc)
 
         return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, c.block_m), jnp.float32))
+
+    def stage(self, i: Any, s: Any, terms: Any, acc: Any) -> None:
+        """Adds stage `i`, the s-th of those of `terms`."""
+        p = self.p
+        if p.whole:
+            terms = [[hopper.pick_terms(t, s, self.interpret) for t in own] for own in terms]
+        self.multiply(i, terms, [[acc] * p.plan.pieces])
+        plgpu.wgmma_wait(0)
+        self.release(i)
+
+    def settled(self, acc: Any) -> jax.Array:
+        """Sums after the wait for the last product."""
+        return acc[...]
 
     def sums(self) -> jax.Array:
         """Sums of each unit and piece, scaled and added in registers."""

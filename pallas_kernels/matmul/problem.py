@@ -47,6 +47,15 @@ class Problem:
         """Columns of a piece of a row: bytes of a stream."""
         return self.k // self.plan.pieces
 
+    @property
+    def weight_unit(self) -> float:
+        """What a weight is to what is made of its codes."""
+        return hopper.weight_unit(self.plan, self.dtype)
+
+    def terms(self, entries: list[list[jax.Array]]) -> list[tuple[jax.Array, ...]]:
+        """Of the table entries of each piece what decoding wants."""
+        return [hopper.terms_of(self.plan, i, own, self.dtype) for i, own in enumerate(entries)]
+
     def operands(self, w: Packed) -> tuple[jax.Array, list[jax.Array]]:
         """Codes ``[B * N, bytes]``, and for each table an entry for each row and group, ``[B * N, n_groups]``."""
         b, n = self.batch, self.n

@@ -117,30 +117,5 @@ class Strip(Warpgroup):
         empty = self.barrier("empty", lax.rem(i, self.c.stages))
         pl.when(i + self.c.stages < self.p.mine)(lambda: plgpu.barrier_arrive(empty))
 
-    def product(self) -> jax.Array:
-        p, c = self.p, self.c
-        ahead = hopper.AHEAD if p.whole else 1
-        load = self.entries_ahead if p.whole else self.entries
-
-        def scope(acc: Any) -> jax.Array:
-            def some(o: Any, now: Any) -> Any:
-                """The stages whose entries are loaded at once."""
-                later = load((o + 1) * ahead)
-                one = lambda s, _: self.stage(o * ahead + s, s, now, acc)
-                lax.fori_loop(0, jnp.minimum(ahead, p.mine - o * ahead), one, None)
-                return later
-
-            lax.fori_loop(0, pl.cdiv(p.mine, ahead), some, load(jnp.int32(0)))
-            return hopper.settled(acc[...], self.scratch["words"].at[self.wg], self.interpret)
-
-        return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, c.block_m), jnp.float32))
-
-    def stage(self, i: Any, s: Any, entries: Any, acc: Any) -> None:
-        """Adds stage `i`, the s-th of those of `entries`."""
-        p, plan = self.p, self.body.plan
-        if p.whole:
-            entries = [[hopper.pick(t, s, self.interpret) for t in own] for own in entries]
-        terms = [hopper.terms_of(plan, own, p.dtype) for own in entries]
-        self.multiply(i, terms, [[acc] * plan.pieces])
-        plgpu.wgmma_wait(0)
-        self.release(i)
+    def settled(self, acc: Any) -> jax.Array:
+        return hopper.settled(acc[...], self.scratch["words"].at[self.wg], self.interpret)

@@ -19,6 +19,7 @@ from stowax.pallas_kernels.matmul.mosaic_gpu import Config
 CASES = {
     "int4, sums scaled": ("int4-g128-sym", 5, 512, 64, Config(split=1), "bfloat16"),
     "int4, zeros": ("int4-g64", 3, 256, 72, Config(split=1), "bfloat16"),
+    "int4, codes in place": ("int4-g32-sym", 20, 384, 64, Config(24, split=1), "bfloat16"),
 }
 SLOW = {
     "int4, units of a stage": ("int4-g64-sym", 9, 512, 64, Config(16), "float16"),
@@ -27,6 +28,10 @@ SLOW = {
     "int4, small groups": ("int4-g32", 20, 384, 128, Config(16, split=1), "bfloat16"),
     "int4, two strips": ("int4-g32", 20, 384, 136, tall.Config(24, stages=3), "bfloat16"),
     "int4, four strips, K over blocks": ("int4-g128", 40, 2304, 264, tall.Config(48, strips=4, grid_k=2), "bfloat16"),
+    "int2, codes in place": ("int2-g64-sym", 20, 512, 64, Config(24, split=2, row_bytes=64), "bfloat16"),
+    "int2, zeros of codes in place": ("int2-g64", 20, 512, 64, Config(24, split=1, row_bytes=64), "bfloat16"),
+    "int8, zeros of codes in place": ("int8-g128-asym", 20, 256, 128, tall.Config(24), "bfloat16"),
+    "int8, codes in place, two strips": ("int8-g128", 20, 512, 128, tall.Config(24), "bfloat16"),
     "nf4, two strips": ("nf4-g64", 5, 512, 128, tall.Config(), "float16"),
     "int4, K over blocks": ("int4-g32-sym", 7, 512, 64, Config(split=1, row_bytes=64, grid_k=2), "bfloat16"),
     "int8": ("int8", 5, 256, 64, Config(split=1), "bfloat16"),
