@@ -6,9 +6,12 @@ Every function takes `interpret`: inside the interpreter the registers' code has
 from .channels import expand_channels as expand_channels
 from .channels import permute_channels as permute_channels
 from .device import is_here as is_here
+from .fragments import X_UNIT as X_UNIT
 from .fragments import Plan as Plan
+from .fragments import code_unit as code_unit
 from .fragments import expand as expand
 from .fragments import expand_in_order as expand_in_order
+from .fragments import is_in_place as is_in_place
 from .fragments import load_in_order as load_in_order
 from .fragments import offset_of as offset_of
 from .fragments import plan_of as plan_of
@@ -21,9 +24,11 @@ from .in_place import write_offsets as write_offsets
 from .layout import AHEAD as AHEAD
 from .layout import ROWS as ROWS
 from .layout import WGMMA as WGMMA
+from .layout import in_two as in_two
 from .layout import is_whole as is_whole
 from .layout import load_ahead as load_ahead
 from .layout import load_columns as load_columns
+from .layout import load_entries as load_entries
 from .layout import load_table as load_table
 from .layout import mma as mma
 from .layout import permute_columns as permute_columns

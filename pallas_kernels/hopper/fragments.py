@@ -138,6 +138,7 @@ def offset_of(plan: Plan, dtype: Any) -> int:
 
 LOWEST = 133  # the lowest bit of a bfloat16 is 2**-133
 SIGN = 0x8000
+X_UNIT = 2.0**64  # products of codes in place with so much of x are normal numbers
 DOWN = 33  # weights made of codes in place are 2**-33 of what they are
 
 
@@ -161,7 +162,7 @@ def terms_of(
     """
     scale = tables[0].astype(jnp.float32)
     if not plan.has_zero:
-        up = _code_unit(plan, piece) / 2.0**DOWN if is_in_place(plan, dtype) else 1.0
+        up = code_unit(plan, piece) / 2.0**DOWN if is_in_place(plan, dtype) else 1.0
         return ((scale * up).astype(dtype), *(t.astype(dtype) for t in tables[1:]))
     zero = tables[1].astype(jnp.float32)
     if is_in_place(plan, dtype):
@@ -169,7 +170,7 @@ def terms_of(
         rest = (base.astype(jnp.float32) - zero) * scale * 2.0**-DOWN
         return (
             base,
-            (scale * (_code_unit(plan, piece) / 2.0**DOWN)).astype(dtype),
+            (scale * (code_unit(plan, piece) / 2.0**DOWN)).astype(dtype),
             rest.astype(dtype),
         )
     base = jnp.round(zero)
@@ -177,7 +178,7 @@ def terms_of(
     return tuple(t.astype(dtype) for t in (base + offset_of(plan, dtype), scale, rest))
 
 
-def _code_unit(plan: Plan, piece: int) -> float:
+def code_unit(plan: Plan, piece: int) -> float:
     """What a code of a piece is to the bfloat16 that it is in place."""
     return 2.0 ** (LOWEST - plan.bits * piece)
 
@@ -200,7 +201,7 @@ def expand(
       codes: a tile ``uint8[64, row_bytes]`` of each stream in shared memory.
       half: which 64 bytes.
       terms: for each piece `terms_of` its tables, as they are or from `pick_terms`, or () for codes less `middle`,
-        unscaled; where there is a table of zeros those are codes and `offset_of`.
+        unscaled, in place where `middle` is 0; where there is a table of zeros those are codes and `offset_of`.
       pieces: which, None for all; each takes 16 registers.
       lookup: the table of `lookup_scratch`, filled, where the plan has one.
     """
@@ -446,6 +447,8 @@ class _InPlace(_Maker):
 
     def terms(self, piece: int, terms: list[Any]) -> list[Any]:
         up, middle = self.plan.bits * piece, self.plan.middle
+        if not terms:
+            return terms
         if self.plan.has_zero:
             base, scale, rest = terms
             return [self.mul(base, asm.const(asm.both(1 << up))), scale, rest]
@@ -458,6 +461,8 @@ class _InPlace(_Maker):
         return arith.andi(v, asm.const(asm.both((2**field.width - 1) << field.shift)))
 
     def scaled(self, pair: Any, terms: list[Any]) -> Any:
+        if not terms:
+            return pair
         *base, scale, rest = terms
         return self.fma(self.sub(pair, *base) if base else pair, scale, rest)
 
@@ -512,7 +517,7 @@ MAKERS = {"int": _Ints, "odd": _Odd, "float": _Floats, "levels": _Levels}
 
 
 def _maker(plan: Plan, dtype: Any, is_scaled: bool, levels: Sequence[Any]) -> _Maker:
-    if is_scaled and is_in_place(plan, dtype):
+    if is_in_place(plan, dtype) and (is_scaled or not plan.middle):
         return _InPlace(plan, dtype)
     return MAKERS[plan.kind](plan, dtype, *levels)
 
@@ -552,7 +557,7 @@ def _in_order(
 def _values(
     streams: Sequence[jax.Array], piece: int, columns: list[jax.Array], plan: Plan, dtype: Any
 ) -> jax.Array:
-    """A piece of the bytes of every stream as numbers.
+    """A piece of the bytes of every stream as numbers; codes in place times `X_UNIT`, as a CPU takes them for zero.
 
     Args:
       columns: its terms, spread over the numbers; none for levels unscaled.
@@ -561,10 +566,12 @@ def _values(
     if columns and is_in_place(plan, dtype):
         *base, scale = columns[: len(plan.tables)]
         scale = scale * (
-            2.0**DOWN / _code_unit(plan, piece)
+            2.0**DOWN / code_unit(plan, piece)
         )  # codes in place are too small for a CPU
         weight = (code - (base[0] if base else plan.middle)) * scale * 2.0**-DOWN
         return (weight + columns[2] if base else weight).astype(dtype)
+    if is_in_place(plan, dtype) and not columns and not plan.middle:
+        return (code * (X_UNIT / code_unit(plan, piece))).astype(dtype)
     level = level_of(code, plan)
     if plan.has_zero:
         level = level + offset_of(plan, dtype)

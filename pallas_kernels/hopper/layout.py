@@ -225,6 +225,46 @@ def pick(entries: jax.Array, i: Any, interpret: bool) -> jax.Array:
     return run(entries, i)
 
 
+def load_entries(ref: Any, n_groups: int, row: Any, column: Any, interpret: bool) -> jax.Array:
+    """``ref[row : row + 64, column : column + 64]`` of a table ``[N, n_groups]``, or the last column."""
+    if interpret:
+        rows = ref[pl.ds(row, ROWS), :].reshape(ROWS, n_groups)
+        return jnp.take(rows, jnp.minimum(column + jnp.arange(64), n_groups - 1), axis=1)
+    signed = asm.is_signed(ref.dtype)
+
+    @asm.inline(
+        arg_types=(plgpu.RefType(), SCALAR, SCALAR),
+        return_type=plgpu.ShapeDtypeStruct((ROWS, 64), ref.dtype, layout=WGMMA),
+    )
+    def load(ctx, ref, row, column):
+        element, pointer = asm.element(ref), asm.pointer(ref)
+        warp, g, q = asm.lanes()
+        own = arith.addi(asm.scalar(column), arith.muli(q, asm.const(2)))
+        first = arith.addi(asm.scalar(row), asm.first_row(warp, g))
+        start = arith.extsi(asm.i64(), arith.muli(first, asm.const(n_groups)))
+        pair, last = ir.VectorType.get((2,), element), asm.const(n_groups - 1)
+        registers = np.empty((8, 2), dtype=object)
+        for octet in range(8):
+            at = [arith.minui(arith.addi(own, asm.const(8 * octet + e)), last) for e in range(2)]
+            for half in range(2):
+                base = arith.addi(start, asm.const64(8 * half * n_groups))
+                found = [arith.addi(base, arith.extsi(asm.i64(), i)) for i in at]
+                loaded = [llvm.load(element, asm.at(pointer, i, element)) for i in found]
+                registers[octet, half] = vector.from_elements(pair, loaded)
+        return asm.array(registers, WGMMA, (ROWS, 64), is_signed=signed)
+
+    return load(ref, row, column)
+
+
+def in_two(x: jax.Array, dtype: Any, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """Float32 numbers as a sum of two 16-bit ones."""
+    if interpret:  # XLA would simplify astype there and back away
+        high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        return high.astype(dtype), (x - high).astype(dtype)
+    high = x.astype(dtype)
+    return high, (x - high.astype(jnp.float32)).astype(dtype)
+
+
 def pick_terms(terms: jax.Array, i: Any, interpret: bool) -> jax.Array:
     """Column `i` of 16-bit ``[64, 8]``, whose columns are as those of `load_ahead`: ``[64]``, for `expand`.
 

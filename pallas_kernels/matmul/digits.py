@@ -65,6 +65,10 @@ class _Digits(FewRows):
         return _Warpgroup
 
     @property
+    def is_apart(self) -> bool:
+        return False
+
+    @property
     def columns(self) -> int:
         return 2 * self.config.block_m
 

@@ -9,6 +9,7 @@ may split K as well (`grid_k`), and their sums are added by XLA.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,13 +82,13 @@ def matmul(
         return in_halves(matmul, x, w, config, out_dtype, interpret)
     problem = config.kind.of(x, w, config, out_dtype, interpret)
     (batch, m, _), pieces = x.shape, problem.plan.pieces
-    if not problem.scales_sums:
-        x = x * problem.weight_unit
-    columns = hopper.permute_columns(x.reshape(batch, m, pieces, -1))
+    columns = hopper.permute_columns((x * problem.x_unit).reshape(batch, m, pieces, -1))
     columns = columns.swapaxes(1, 2).reshape(batch * pieces, m, -1)
     columns = jnp.pad(columns, ((0, 0), (0, -m % 8), (0, 0)))
     codes, tables = problem.operands(w)
-    if problem.scales_sums and problem.plan.has_zero:
+    if problem.is_apart:
+        tables.append(problem.group_sums(x))
+    elif problem.scales_sums and problem.plan.has_zero:
         tables.append(problem.unit_sums(columns))
     return problem(columns, codes, tables)
 
@@ -142,6 +143,46 @@ class FewRows(Problem):
         return self.config.block_m <= 16 and (self.whole or in_groups)
 
     @property
+    def is_apart(self) -> bool:
+        """Whether what codes are too much, a zero or the middle, is multiplied with sums of x, in stages of its own."""
+        wanted = self.plan.has_zero or self.scales_sums
+        return wanted and self.plan.pieces > 1 and hopper.is_in_place(self.plan, self.dtype)
+
+    @property
+    def decoded(self) -> hopper.Plan:
+        if not self.is_apart:
+            return self.plan
+        middle = 0 if self.scales_sums else self.plan.middle
+        return dataclasses.replace(self.plan, middle=middle, tables=("scale",))
+
+    @property
+    def x_unit(self) -> float:
+        """What the kernel's x is to x: it makes up for codes in place, or makes their products normal numbers."""
+        if not self.scales_sums:
+            return self.weight_unit
+        return hopper.X_UNIT if self.is_apart and not self.interpret else 1.0
+
+    def sum_unit(self, piece: int) -> float:
+        """What sums that are to be scaled are to what the kernel sums up."""
+        return hopper.code_unit(self.plan, piece) / hopper.X_UNIT if self.is_apart else 1.0
+
+    @property
+    def stages_apart(self) -> int:
+        """That multiply what is apart."""
+        return pl.cdiv(self.n_groups, self.config.row_bytes) if self.is_apart else 0
+
+    def group_sums(self, x: jax.Array) -> jax.Array:
+        """Sums of x over each group as two bfloat16, high and low: ``[2 B, M, groups]``, M and groups padded."""
+        b, m, k = x.shape
+        x = jnp.pad(x, ((0, 0), (0, -m % 8), (0, self.n_groups * self.group - k)))
+        sums = x.reshape(b, -1, self.n_groups, self.group).astype(jnp.float32).sum(-1)
+        # astype there and back would be simplified away
+        high = lax.reduce_precision(sums, exponent_bits=8, mantissa_bits=7)
+        pair = jnp.stack([high, sums - high], 1).astype(self.dtype)
+        groups = -self.n_groups % self.config.row_bytes
+        return jnp.pad(pair, ((0, 0),) * 3 + ((0, groups),)).reshape(2 * b, x.shape[1], -1)
+
+    @property
     def units(self) -> int:
         """Of a piece of x, with those past its end that stages reach."""
         return self.reach // self.unit
@@ -168,6 +209,9 @@ class FewRows(Problem):
         out_m = self.m
         if self.interpret:  # the interpreter does not read or write outside of an array
             x, codes = self.padded(x, codes)
+            if self.is_apart:
+                rows = -tables[-1].shape[1] % c.block_m
+                tables = [*tables[:-1], jnp.pad(tables[-1], ((0, 0), (0, rows), (0, 0)))]
             out_m = rows_m * c.block_m
         dtype = jnp.float32 if c.grid_k > 1 else self.out_dtype
         kernel = plgpu.kernel(
@@ -242,7 +286,7 @@ class Body:
 
     def __init__(self, problem: FewRows, out_m: int):
         self.problem, self.out_m = problem, out_m
-        self.config, self.plan = problem.config, problem.plan
+        self.config, self.plan = problem.config, problem.decoded
         self.interpret = problem.interpret
 
     def __call__(self, *refs: Any, **scratch: Any) -> None:
@@ -305,10 +349,40 @@ class Warpgroup:
 
     # the ring
 
+    @property
+    def lead(self) -> Any:
+        """Stages that come before those of codes: what is apart is for those who have the first part of K."""
+        return jnp.where(self.first == 0, self.p.stages_apart, 0) if self.p.is_apart else 0
+
+    @property
+    def last(self) -> Any:
+        """All stages."""
+        return self.p.mine + self.lead
+
     def fetch(self, i: Any) -> None:
-        """Starts the copies of a stage."""
+        """Starts the copies of the i-th stage."""
+        if not self.p.is_apart:
+            self.fetch_stage(i)
+            return
+        pl.when(i < self.lead)(lambda: self.fetch_apart(i))
+        pl.when(i >= self.lead)(lambda: self.fetch_stage(i))
+
+    def fetch_apart(self, i: Any) -> None:
+        """The same of one of sums of x."""
+        c, slot, sums = self.c, lax.rem(i, self.c.stages), self.tables[-1]
+        for half in range(2):
+            source = sums.at[
+                2 * self.entry + half,
+                pl.ds(self.row, c.block_m),
+                pl.ds(i * c.row_bytes, c.row_bytes),
+            ]
+            to = self.scratch["x"].at[self.ring, slot, half]
+            plgpu.copy_gmem_to_smem(source, to, self.barrier("full", slot))
+
+    def fetch_stage(self, i: Any) -> None:
+        """The same of one of codes."""
         p, c = self.p, self.c
-        slot, offset = lax.rem(i, c.stages), (self.first + i) * c.row_bytes
+        slot, offset = lax.rem(i, c.stages), (self.first + i - self.lead) * c.row_bytes
         full, rows = self.barrier("full", slot), pl.ds(self.table_row, p.height)
         for stream in range(p.plan.streams):
             columns = pl.ds(stream * p.piece + offset, c.row_bytes)
@@ -323,16 +397,17 @@ class Warpgroup:
         plgpu.copy_gmem_to_smem(x, self.scratch["x"].at[self.ring, slot], full)
 
     def start(self) -> None:
-        for i in range(min(self.c.stages, self.p.mine)):
-            self.fetch(jnp.int32(i))
+        for i in range(min(self.c.stages, self.p.mine + self.p.stages_apart)):
+            one = functools.partial(self.fetch, jnp.int32(i))
+            one() if i < self.p.mine else pl.when(i < self.last)(one)
         lookup = self.scratch.get("lookup")
         hopper.fill_lookup(lookup, self.body.plan, self.p.dtype, self.c.split)
 
     def release(self, i: Any) -> None:
-        """Stage `i` was read: refills its slot."""
+        """The i-th stage was read: refills its slot."""
         late = i + self.c.stages
         hopper.sync(self.interpret)
-        pl.when(late < self.p.mine)(lambda: self.fetch(late))
+        pl.when(late < self.last)(lambda: self.fetch(late))
 
     # a stage
 
@@ -353,7 +428,7 @@ class Warpgroup:
             table, p.n_groups, self.table_row, at, p.group, p.whole, self.interpret
         )
         return [
-            [load(table, piece * p.piece + start) for table in self.tables]
+            [load(table, piece * p.piece + start) for table in self.tables[: self.body.plan.terms]]
             for piece in range(self.body.plan.pieces)
         ]
 
@@ -364,14 +439,14 @@ class Warpgroup:
             table, p.n_groups, self.table_row, at, p.unit, p.group, self.interpret
         )
         return [
-            [load(table, piece * p.piece + start) for table in self.tables[: p.plan.terms]]
+            [load(table, piece * p.piece + start) for table in self.tables[: self.body.plan.terms]]
             for piece in range(self.body.plan.pieces)
         ]
 
     def unit_sums(self, i: Any) -> list[jax.Array]:
         """Sums of x over the units of a stage, for each unit and piece; none where there are no zeros."""
         p, pieces = self.p, self.body.plan.pieces
-        if not p.plan.has_zero:
+        if not self.body.plan.has_zero:
             return []
         width, out = pl.cdiv(p.m, self.c.block_m) * self.c.block_m, []
         for u in range(p.stage_units):
@@ -391,7 +466,7 @@ class Warpgroup:
     def multiply(self, i: Any, terms: Any, accumulators: Sequence[Sequence[Any]]) -> None:
         """Adds a stage to the accumulators of its units and pieces."""
         p, c, plan = self.p, self.c, self.body.plan
-        slot = lax.rem(i, c.stages)
+        slot = lax.rem(i + self.lead, c.stages)
         plgpu.barrier_wait(self.barrier("full", slot))
         staged = self.scratch["staged"].at[self.wg] if self.interpret else None
         codes = [
@@ -419,6 +494,27 @@ class Warpgroup:
                 b = self.scratch["x"].at[self.ring, slot, piece, :, columns].T
                 hopper.mma(own[piece], a, b, staged)
 
+    def multiply_apart(self, i: Any, acc: Any) -> None:
+        """Adds what is apart, of the i-th stage: as two numbers of 16 bits, times sums of x that are two as well."""
+        p, c = self.p, self.c
+        slot = lax.rem(i, c.stages)
+        full, x = self.barrier("full", slot), self.scratch["x"].at[self.ring, slot]
+        staged = self.scratch["staged"].at[self.wg] if self.interpret else None
+        for half in range(min(c.row_bytes, p.n_groups) // 64 or 1):
+            load = lambda table, half=half: hopper.load_entries(
+                table, p.n_groups, self.table_row, i * c.row_bytes + 64 * half, self.interpret
+            ).astype(jnp.float32)
+            scale, *zero = map(load, self.tables[: p.plan.terms])
+            less = scale * (self.body.plan.middle - (zero[0] if zero else float(p.plan.middle)))
+            high, low = hopper.in_two(less, p.dtype, self.interpret)
+            if half == 0:
+                plgpu.barrier_wait(full)
+            b = [x.at[j, :, pl.ds(64 * half, 64)].T for j in range(2)]
+            for w, sums in ((high, b[0]), (high, b[1]), (low, b[0])):
+                hopper.mma(acc, w, sums, staged)
+        plgpu.wgmma_wait(0)
+        self.release(i)
+
     def product(self) -> jax.Array:
         """Scaled weights times x, in one accumulator."""
         p, c = self.p, self.c
@@ -433,7 +529,10 @@ class Warpgroup:
                 lax.fori_loop(0, jnp.minimum(ahead, p.mine - o * ahead), one, None)
                 return later
 
-            lax.fori_loop(0, pl.cdiv(p.mine, ahead), some, load(jnp.int32(0)))
+            first = load(jnp.int32(0))
+            if p.is_apart:
+                lax.fori_loop(0, self.lead, lambda i, _: self.multiply_apart(i, acc), None)
+            lax.fori_loop(0, pl.cdiv(p.mine, ahead), some, first)
             return self.settled(acc)
 
         return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, c.block_m), jnp.float32))
@@ -445,7 +544,7 @@ class Warpgroup:
             terms = [[hopper.pick_terms(t, s, self.interpret) for t in own] for own in terms]
         self.multiply(i, terms, [[acc] * p.plan.pieces])
         plgpu.wgmma_wait(0)
-        self.release(i)
+        self.release(i + self.lead)
 
     def settled(self, acc: Any) -> jax.Array:
         """Sums after the wait for the last product."""
@@ -465,7 +564,19 @@ class Warpgroup:
         zeros = jnp.zeros((ROWS, self.p.columns), jnp.float32)
         total = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
         first = self.entries_ahead(jnp.int32(0)), (self.unit_sums(jnp.int32(0)), total)
+        if self.p.is_apart:
+            first = first[0], ([], lax.fori_loop(0, self.lead, self.sums_apart, total))
         return lax.fori_loop(0, pl.cdiv(p.mine, stages), some, first)[1][1]
+
+    def sums_apart(self, i: Any, total: jax.Array) -> jax.Array:
+        """`total` with what is apart, of the i-th stage."""
+
+        def scope(acc: Any) -> jax.Array:
+            self.multiply_apart(i, acc)
+            return acc[...]
+
+        kind = plgpu.WGMMAAccumulatorRef((ROWS, self.c.block_m), jnp.float32)
+        return total + pl.run_scoped(scope, kind)
 
     def stage_sums(
         self, i: Any, s: Any, entries: Any, sums: list[jax.Array], total: jax.Array
@@ -480,11 +591,12 @@ class Warpgroup:
 
         kind = plgpu.WGMMAAccumulatorRef((ROWS, self.c.block_m), jnp.float32)
         found = pl.run_scoped(scope, *[kind] * (pieces * units))
-        self.release(i)
+        self.release(i + self.lead)
         for j, x in enumerate(found):
             at = s * units + j // pieces
             scale, *zero = (hopper.pick(t, at, self.interpret) for t in entries[j % pieces])
             less = [zero[0] + self.offset, sums[j]] if zero else []
+            scale = scale * self.p.sum_unit(j % pieces)
             total = hopper.scale_rows(total, x, scale, self.interpret, less)
         return later, total
 

@@ -48,13 +48,19 @@ class Problem:
         return self.k // self.plan.pieces
 
     @property
+    def decoded(self) -> hopper.Plan:
+        """What weights are made by."""
+        return self.plan
+
+    @property
     def weight_unit(self) -> float:
         """What a weight is to what is made of its codes."""
-        return hopper.weight_unit(self.plan, self.dtype)
+        return hopper.weight_unit(self.decoded, self.dtype)
 
     def terms(self, entries: list[list[jax.Array]]) -> list[tuple[jax.Array, ...]]:
         """Of the table entries of each piece what decoding wants."""
-        return [hopper.terms_of(self.plan, i, own, self.dtype) for i, own in enumerate(entries)]
+        plan = self.decoded
+        return [hopper.terms_of(plan, i, own, self.dtype) for i, own in enumerate(entries)]
 
     def operands(self, w: Packed) -> tuple[jax.Array, list[jax.Array]]:
         """Codes ``[B * N, bytes]``, and for each table an entry for each row and group, ``[B * N, n_groups]``."""
