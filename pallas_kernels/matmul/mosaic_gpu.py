@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .. import hopper
 from ..codecs import LloydMax, Packed
 from ..hopper import ROWS
+from .columns import columns_of, is_summed
 from .problem import Problem, in_halves
 
 
@@ -81,14 +82,11 @@ def matmul(
     if x.dtype == jnp.float32:
         return in_halves(matmul, x, w, config, out_dtype, interpret)
     problem = config.kind.of(x, w, config, out_dtype, interpret)
-    (batch, m, _), pieces = x.shape, problem.plan.pieces
-    columns = hopper.permute_columns((x * problem.x_unit).reshape(batch, m, pieces, -1))
-    columns = columns.swapaxes(1, 2).reshape(batch * pieces, m, -1)
-    columns = jnp.pad(columns, ((0, 0), (0, -m % 8), (0, 0)))
+    group = problem.group if problem.is_apart else None
+    columns, *sums = columns_of(x, pieces=problem.plan.pieces, unit=problem.x_unit, group=group)
     codes, tables = problem.operands(w)
-    if problem.is_apart:
-        tables.append(problem.group_sums(x))
-    elif problem.scales_sums and problem.plan.has_zero:
+    tables += sums
+    if not sums and problem.scales_sums and problem.plan.has_zero:
         tables.append(problem.unit_sums(columns))
     return problem(columns, codes, tables)
 
@@ -145,7 +143,7 @@ class FewRows(Problem):
     @property
     def is_apart(self) -> bool:
         """Whether what codes are too much, a zero or the middle, is multiplied with sums of x, in stages of its own."""
-        wanted = self.plan.has_zero or self.scales_sums
+        wanted = self.plan.has_zero or (self.scales_sums and is_summed(self.group))
         return wanted and self.plan.pieces > 1 and hopper.is_in_place(self.plan, self.dtype)
 
     @property
@@ -170,17 +168,6 @@ class FewRows(Problem):
     def stages_apart(self) -> int:
         """That multiply what is apart."""
         return pl.cdiv(self.n_groups, self.config.row_bytes) if self.is_apart else 0
-
-    def group_sums(self, x: jax.Array) -> jax.Array:
-        """Sums of x over each group as two bfloat16, high and low: ``[2 B, M, groups]``, M and groups padded."""
-        b, m, k = x.shape
-        x = jnp.pad(x, ((0, 0), (0, -m % 8), (0, self.n_groups * self.group - k)))
-        sums = x.reshape(b, -1, self.n_groups, self.group).astype(jnp.float32).sum(-1)
-        # astype there and back would be simplified away
-        high = lax.reduce_precision(sums, exponent_bits=8, mantissa_bits=7)
-        pair = jnp.stack([high, sums - high], 1).astype(self.dtype)
-        groups = -self.n_groups % self.config.row_bytes
-        return jnp.pad(pair, ((0, 0),) * 3 + ((0, groups),)).reshape(2 * b, x.shape[1], -1)
 
     @property
     def units(self) -> int:
@@ -210,8 +197,10 @@ class FewRows(Problem):
         if self.interpret:  # the interpreter does not read or write outside of an array
             x, codes = self.padded(x, codes)
             if self.is_apart:
-                rows = -tables[-1].shape[1] % c.block_m
-                tables = [*tables[:-1], jnp.pad(tables[-1], ((0, 0), (0, rows), (0, 0)))]
+                *tables, sums = tables
+                _, rows, groups = sums.shape
+                padding = ((0, 0), (0, -rows % c.block_m), (0, -groups % c.row_bytes))
+                tables.append(jnp.pad(sums, padding))
             out_m = rows_m * c.block_m
         dtype = jnp.float32 if c.grid_k > 1 else self.out_dtype
         kernel = plgpu.kernel(
@@ -500,7 +489,7 @@ class Warpgroup:
         slot = lax.rem(i, c.stages)
         full, x = self.barrier("full", slot), self.scratch["x"].at[self.ring, slot]
         staged = self.scratch["staged"].at[self.wg] if self.interpret else None
-        for half in range(min(c.row_bytes, p.n_groups) // 64 or 1):
+        for half in range(pl.cdiv(min(c.row_bytes, p.n_groups), 64)):
             load = lambda table, half=half: hopper.load_entries(
                 table, p.n_groups, self.table_row, i * c.row_bytes + 64 * half, self.interpret
             ).astype(jnp.float32)
