@@ -24,11 +24,9 @@ from .in_place import write_offsets as write_offsets
 from .layout import AHEAD as AHEAD
 from .layout import ROWS as ROWS
 from .layout import WGMMA as WGMMA
-from .layout import in_two as in_two
 from .layout import is_whole as is_whole
 from .layout import load_ahead as load_ahead
 from .layout import load_columns as load_columns
-from .layout import load_entries as load_entries
 from .layout import load_table as load_table
 from .layout import mma as mma
 from .layout import permute_columns as permute_columns
@@ -39,6 +37,7 @@ from .layout import settled as settled
 from .layout import store_transposed as store_transposed
 from .layout import sync as sync
 from .layout import tiled as tiled
+from .less import expand_less as expand_less
 from .lookup import fill_lookup as fill_lookup
 from .lookup import lookup_bytes as lookup_bytes
 from .lookup import lookup_scratch as lookup_scratch

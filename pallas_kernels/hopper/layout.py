@@ -225,56 +225,6 @@ def pick(entries: jax.Array, i: Any, interpret: bool) -> jax.Array:
     return run(entries, i)
 
 
-def load_entries(ref: Any, n_groups: int, row: Any, column: Any, interpret: bool) -> jax.Array:
-    """``ref[row : row + 64, column : column + 64]`` of a table ``[N, n_groups]``, columns as in `permute_columns`.
-
-    Past the last column are others.
-    """
-    if interpret:
-        rows = ref[pl.ds(row, ROWS), :].reshape(ROWS, n_groups)
-        columns = jnp.minimum(column + permute_columns(jnp.arange(64)[None])[0], n_groups - 1)
-        return jnp.take(rows, columns, axis=1)
-    signed, size = asm.is_signed(ref.dtype), jnp.dtype(ref.dtype).itemsize
-    run = 8 if n_groups % 8 == 0 else 1  # that a load takes
-
-    @asm.inline(
-        arg_types=(plgpu.RefType(), SCALAR, SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((ROWS, 64), ref.dtype, layout=WGMMA),
-    )
-    def load(ctx, ref, row, column):
-        element, pointer = asm.element(ref), asm.pointer(ref)
-        warp, g, q = asm.lanes()
-        own = arith.addi(asm.scalar(column), arith.muli(q, asm.const(16)))
-        first = arith.addi(asm.scalar(row), asm.first_row(warp, g))
-        start = arith.extsi(asm.i64(), arith.muli(first, asm.const(n_groups)))
-        kind = ir.VectorType.get((run,), element)
-        pair, last = ir.VectorType.get((2,), element), asm.const(n_groups - run)
-        registers = np.empty((8, 2), dtype=object)
-        for half in range(2):
-            base, mine = arith.addi(start, asm.const64(8 * half * n_groups)), []
-            for i in range(0, 16, run):
-                at = arith.minui(arith.addi(own, asm.const(i)), last)
-                place = asm.at(pointer, arith.addi(base, arith.extsi(asm.i64(), at)), element)
-                found = llvm.load(kind, place, alignment=min(16, run * size))
-                mine += [asm.extract(found, j) for j in range(run)]
-            for octet in range(8):
-                t, o = divmod(octet, 2)
-                two = [mine[4 * t + 2 * e + o] for e in range(2)]
-                registers[octet, half] = vector.from_elements(pair, two)
-        return asm.array(registers, WGMMA, (ROWS, 64), is_signed=signed)
-
-    return load(ref, row, column)
-
-
-def in_two(x: jax.Array, dtype: Any, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """Float32 numbers as a sum of two 16-bit ones."""
-    if interpret:  # XLA would simplify astype there and back away
-        high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        return high.astype(dtype), (x - high).astype(dtype)
-    high = x.astype(dtype)
-    return high, (x - high.astype(jnp.float32)).astype(dtype)
-
-
 def pick_terms(terms: jax.Array, i: Any, interpret: bool) -> jax.Array:
     """Column `i` of 16-bit ``[64, 8]``, whose columns are as those of `load_ahead`: ``[64]``, for `expand`.
 

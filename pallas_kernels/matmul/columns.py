@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from .. import hopper, triton
 from ..op import Op, one_by_one
 
-WIDTH = 2**14  # columns that a program takes at most
+WIDTH = 1024  # columns that a program takes, a group at least
 BLOCK = 64  # of an operand's columns, in their own order
 
 
@@ -39,7 +39,7 @@ def columns_of(
 
 def is_summed(group: int) -> bool:
     """Whether the kernel makes sums of such groups."""
-    return group & (group - 1) == 0 and BLOCK * group <= WIDTH
+    return group & (group - 1) == 0 and group <= 2**13
 
 
 def plain(x: jax.Array, *, pieces: int, unit: float, group: int | None) -> tuple[jax.Array, ...]:
@@ -63,17 +63,18 @@ def kernel(
 ) -> tuple[jax.Array, ...]:
     """The same, a program for some columns of a row."""
     b, m, k = x.shape
-    rows, width = m + -m % 8, BLOCK * (group or 32)
-    programs = pl.cdiv(k, width)
+    rows, width, reach = m + -m % 8, WIDTH, k
     shapes = [(b * pieces, rows, k // pieces)]
     if group is not None:
-        shapes.append((2 * b, rows, BLOCK * programs))
+        width, groups = max(width, group), BLOCK * pl.cdiv(pl.cdiv(k, group), BLOCK)
+        shapes.append((2 * b, rows, groups))
+        reach = groups * group
     out = triton.call(
-        functools.partial(_body, x.shape, pieces, unit, group, width),
-        grid=(b, rows, programs),
+        functools.partial(_body, x.shape, pieces, unit, width, group),
+        grid=(b, rows, pl.cdiv(reach, width)),
         out=[jax.ShapeDtypeStruct((math.prod(shape),), x.dtype) for shape in shapes],
         aliases={},
-        warps=4 if width <= 4096 else 8,
+        warps=4,
         interpret=interpret,
     )(x.reshape(-1))
     return tuple(flat.reshape(shape) for flat, shape in zip(out, shapes))
@@ -83,8 +84,8 @@ def _body(
     shape: tuple[int, int, int],
     pieces: int,
     unit: float,
-    group: int | None,
     width: int,
+    group: int | None,
     x: Any,
     columns: Any,
     *sums: Any,
@@ -100,14 +101,14 @@ def _body(
     triton.store(columns.at[to], scaled.astype(columns.dtype), c < k)
     if group is None:
         return
-    total = load(c).astype(jnp.float32).reshape(BLOCK, group).sum(1)
+    total = load(c).astype(jnp.float32).reshape(width // group, group).sum(1)
     high = total.astype(columns.dtype)
-    j = lax.iota(jnp.int32, BLOCK)
-    place = _moved(j, (4, 2), (5, 4), (2, 16), (3, 32), (1, 1), (0, 8))
-    programs = pl.num_programs(2)
+    j = chunk * (width // group) + lax.iota(jnp.int32, width // group)
+    place = (j & -BLOCK) + _moved(j, (4, 2), (5, 4), (2, 16), (3, 32), (1, 1), (0, 8))
+    groups = BLOCK * pl.cdiv(pl.cdiv(k, group), BLOCK)
     for half, part in enumerate((high, (total - high.astype(jnp.float32)).astype(high.dtype))):
-        first = (((2 * entry + half) * rows + row) * programs + chunk) * BLOCK
-        triton.store(sums[0].at[first + place], part, j < BLOCK)
+        first = ((2 * entry + half) * rows + row) * groups
+        triton.store(sums[0].at[first + place], part, j < groups)
 
 
 def _moved(x: jax.Array, *bits: tuple[int, int]) -> jax.Array:

@@ -9,7 +9,7 @@ may split K as well (`grid_k`), and their sums are added by XLA.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +24,9 @@ from ..codecs import LloydMax, Packed
 from ..hopper import ROWS
 from .columns import columns_of, is_summed
 from .problem import Problem, in_halves
+
+GROUPS = 64  # of what is apart, that are multiplied at once
+SHARED_BYTES = 226 * 1024  # of a multiprocessor, without those of the driver and of barriers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +145,19 @@ class FewRows(Problem):
 
     @property
     def is_apart(self) -> bool:
-        """Whether what codes are too much, a zero or the middle, is multiplied with sums of x, in stages of its own."""
+        """Whether what codes are too much, a zero or the middle, is multiplied with sums of x over groups."""
         wanted = self.plan.has_zero or (self.scales_sums and is_summed(self.group))
-        return wanted and self.plan.pieces > 1 and hopper.is_in_place(self.plan, self.dtype)
+        if not (wanted and self.plan.pieces > 1 and hopper.is_in_place(self.plan, self.dtype)):
+            return False
+        shape = (self.config.split, self.apart, 2, self.config.block_m, GROUPS)
+        blocks = 2 if 2 * self.config.shared_bytes(self.plan) <= SHARED_BYTES else 1
+        return blocks * (self.config.shared_bytes(self.plan) + 2 * math.prod(shape)) <= SHARED_BYTES
+
+    @property
+    def apart(self) -> int:
+        """Times 64 groups that a warpgroup takes at most, or all that share a part of K."""
+        c = self.config
+        return pl.cdiv(pl.cdiv(self.n_groups, GROUPS), c.split * c.grid_k)
 
     @property
     def decoded(self) -> hopper.Plan:
@@ -163,11 +176,6 @@ class FewRows(Problem):
     def sum_unit(self, piece: int) -> float:
         """What sums that are to be scaled are to what the kernel sums up."""
         return hopper.code_unit(self.plan, piece) / hopper.X_UNIT if self.is_apart else 1.0
-
-    @property
-    def stages_apart(self) -> int:
-        """That multiply what is apart."""
-        return pl.cdiv(self.n_groups, self.config.row_bytes) if self.is_apart else 0
 
     @property
     def units(self) -> int:
@@ -198,9 +206,7 @@ class FewRows(Problem):
             x, codes = self.padded(x, codes)
             if self.is_apart:
                 *tables, sums = tables
-                _, rows, groups = sums.shape
-                padding = ((0, 0), (0, -rows % c.block_m), (0, -groups % c.row_bytes))
-                tables.append(jnp.pad(sums, padding))
+                tables.append(jnp.pad(sums, ((0, 0), (0, -sums.shape[1] % c.block_m), (0, 0))))
             out_m = rows_m * c.block_m
         dtype = jnp.float32 if c.grid_k > 1 else self.out_dtype
         kernel = plgpu.kernel(
@@ -262,6 +268,10 @@ class FewRows(Problem):
             "full": plgpu.Barrier(num_arrivals=self.copies, num_barriers=slots),
             **self.x_scratch(),
         }
+        if self.is_apart:
+            shape = (c.split, self.apart, 2, c.block_m, GROUPS)
+            scratch["apart"] = plgpu.SMEM(shape, self.dtype, transforms=hopper.tiled(self.dtype))
+            scratch["summed"] = plgpu.Barrier(num_barriers=c.split * self.apart)
         if c.split > 1:
             scratch["sums"] = plgpu.SMEM((c.split - 1, ROWS, self.columns), jnp.float32)
             scratch["done"] = plgpu.Barrier(num_arrivals=c.split - 1)
@@ -338,40 +348,10 @@ class Warpgroup:
 
     # the ring
 
-    @property
-    def lead(self) -> Any:
-        """Stages that come before those of codes: what is apart is for those who have the first part of K."""
-        return jnp.where(self.first == 0, self.p.stages_apart, 0) if self.p.is_apart else 0
-
-    @property
-    def last(self) -> Any:
-        """All stages."""
-        return self.p.mine + self.lead
-
     def fetch(self, i: Any) -> None:
-        """Starts the copies of the i-th stage."""
-        if not self.p.is_apart:
-            self.fetch_stage(i)
-            return
-        pl.when(i < self.lead)(lambda: self.fetch_apart(i))
-        pl.when(i >= self.lead)(lambda: self.fetch_stage(i))
-
-    def fetch_apart(self, i: Any) -> None:
-        """The same of one of sums of x."""
-        c, slot, sums = self.c, lax.rem(i, self.c.stages), self.tables[-1]
-        for half in range(2):
-            source = sums.at[
-                2 * self.entry + half,
-                pl.ds(self.row, c.block_m),
-                pl.ds(i * c.row_bytes, c.row_bytes),
-            ]
-            to = self.scratch["x"].at[self.ring, slot, half]
-            plgpu.copy_gmem_to_smem(source, to, self.barrier("full", slot))
-
-    def fetch_stage(self, i: Any) -> None:
-        """The same of one of codes."""
+        """Starts the copies of a stage."""
         p, c = self.p, self.c
-        slot, offset = lax.rem(i, c.stages), (self.first + i - self.lead) * c.row_bytes
+        slot, offset = lax.rem(i, c.stages), (self.first + i) * c.row_bytes
         full, rows = self.barrier("full", slot), pl.ds(self.table_row, p.height)
         for stream in range(p.plan.streams):
             columns = pl.ds(stream * p.piece + offset, c.row_bytes)
@@ -386,17 +366,64 @@ class Warpgroup:
         plgpu.copy_gmem_to_smem(x, self.scratch["x"].at[self.ring, slot], full)
 
     def start(self) -> None:
-        for i in range(min(self.c.stages, self.p.mine + self.p.stages_apart)):
-            one = functools.partial(self.fetch, jnp.int32(i))
-            one() if i < self.p.mine else pl.when(i < self.last)(one)
+        self.fetch_apart()
+        for i in range(min(self.c.stages, self.p.mine)):
+            self.fetch(jnp.int32(i))
         lookup = self.scratch.get("lookup")
         hopper.fill_lookup(lookup, self.body.plan, self.p.dtype, self.c.split)
 
     def release(self, i: Any) -> None:
-        """The i-th stage was read: refills its slot."""
+        """Stage `i` was read: refills its slot."""
         late = i + self.c.stages
         hopper.sync(self.interpret)
-        pl.when(late < self.last)(lambda: self.fetch(late))
+        pl.when(late < self.p.mine)(lambda: self.fetch(late))
+
+    # what is apart
+
+    @property
+    def worker(self) -> Any:
+        """Which part of K it has."""
+        return lax.div(self.first, jnp.int32(self.p.mine))
+
+    @property
+    def chunks(self) -> Any:
+        """Times 64 groups that it takes: every so many, beginning with its own."""
+        workers = self.c.split * self.c.grid_k
+        every = pl.cdiv(self.p.n_groups, GROUPS)
+        return lax.div(every - 1 - self.worker + workers, jnp.int32(workers))
+
+    def chunk(self, i: Any) -> Any:
+        return self.worker + i * (self.c.split * self.c.grid_k)
+
+    def summed(self, i: Any) -> Any:
+        return self.scratch["summed"].at[self.ring * self.p.apart + i]
+
+    def fetch_apart(self) -> None:
+        """Starts the copies of sums of x."""
+        if not self.p.is_apart:
+            return
+
+        def one(i: Any, carry: None) -> None:
+            rows, groups = pl.ds(self.row, self.c.block_m), pl.ds(self.chunk(i) * GROUPS, GROUPS)
+            source = self.tables[-1].at[pl.ds(2 * self.entry, 2), rows, groups]
+            to = self.scratch["apart"].at[self.ring, i]
+            plgpu.copy_gmem_to_smem(source, to, self.summed(i))
+
+        lax.fori_loop(0, self.chunks, one, None)
+
+    def multiply_apart(self, i: Any, acc: Any) -> None:
+        """Adds what is apart of 64 groups, as two numbers of 16 bits, times sums of x that are two as well."""
+        p = self.p
+        staged = self.scratch["staged"].at[self.wg] if self.interpret else None
+        high, low = hopper.expand_less(
+            self.tables[: p.plan.terms], p.n_groups, self.table_row, self.chunk(i) * GROUPS,
+            p.plan.middle, self.body.plan.middle, interpret=self.interpret,
+        )  # fmt: skip
+        plgpu.barrier_wait(self.summed(i))
+        x = [self.scratch["apart"].at[self.ring, i, j].T for j in range(2)]
+        for w, sums in ((high, x[0]), (high, x[1]), (low, x[0])):
+            hopper.mma(acc, w, sums, staged)
+        plgpu.wgmma_wait(0)
 
     # a stage
 
@@ -455,7 +482,7 @@ class Warpgroup:
     def multiply(self, i: Any, terms: Any, accumulators: Sequence[Sequence[Any]]) -> None:
         """Adds a stage to the accumulators of its units and pieces."""
         p, c, plan = self.p, self.c, self.body.plan
-        slot = lax.rem(i + self.lead, c.stages)
+        slot = lax.rem(i, c.stages)
         plgpu.barrier_wait(self.barrier("full", slot))
         staged = self.scratch["staged"].at[self.wg] if self.interpret else None
         codes = [
@@ -483,27 +510,6 @@ class Warpgroup:
                 b = self.scratch["x"].at[self.ring, slot, piece, :, columns].T
                 hopper.mma(own[piece], a, b, staged)
 
-    def multiply_apart(self, i: Any, acc: Any) -> None:
-        """Adds what is apart, of the i-th stage: as two numbers of 16 bits, times sums of x that are two as well."""
-        p, c = self.p, self.c
-        slot = lax.rem(i, c.stages)
-        full, x = self.barrier("full", slot), self.scratch["x"].at[self.ring, slot]
-        staged = self.scratch["staged"].at[self.wg] if self.interpret else None
-        for half in range(pl.cdiv(min(c.row_bytes, p.n_groups), 64)):
-            load = lambda table, half=half: hopper.load_entries(
-                table, p.n_groups, self.table_row, i * c.row_bytes + 64 * half, self.interpret
-            ).astype(jnp.float32)
-            scale, *zero = map(load, self.tables[: p.plan.terms])
-            less = scale * (self.body.plan.middle - (zero[0] if zero else float(p.plan.middle)))
-            high, low = hopper.in_two(less, p.dtype, self.interpret)
-            if half == 0:
-                plgpu.barrier_wait(full)
-            b = [x.at[j, :, pl.ds(64 * half, 64)].T for j in range(2)]
-            for w, sums in ((high, b[0]), (high, b[1]), (low, b[0])):
-                hopper.mma(acc, w, sums, staged)
-        plgpu.wgmma_wait(0)
-        self.release(i)
-
     def product(self) -> jax.Array:
         """Scaled weights times x, in one accumulator."""
         p, c = self.p, self.c
@@ -518,10 +524,9 @@ class Warpgroup:
                 lax.fori_loop(0, jnp.minimum(ahead, p.mine - o * ahead), one, None)
                 return later
 
-            first = load(jnp.int32(0))
             if p.is_apart:
-                lax.fori_loop(0, self.lead, lambda i, _: self.multiply_apart(i, acc), None)
-            lax.fori_loop(0, pl.cdiv(p.mine, ahead), some, first)
+                lax.fori_loop(0, self.chunks, lambda i, _: self.multiply_apart(i, acc), None)
+            lax.fori_loop(0, pl.cdiv(p.mine, ahead), some, load(jnp.int32(0)))
             return self.settled(acc)
 
         return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, c.block_m), jnp.float32))
@@ -533,7 +538,7 @@ class Warpgroup:
             terms = [[hopper.pick_terms(t, s, self.interpret) for t in own] for own in terms]
         self.multiply(i, terms, [[acc] * p.plan.pieces])
         plgpu.wgmma_wait(0)
-        self.release(i + self.lead)
+        self.release(i)
 
     def settled(self, acc: Any) -> jax.Array:
         """Sums after the wait for the last product."""
@@ -552,13 +557,13 @@ class Warpgroup:
 
         zeros = jnp.zeros((ROWS, self.p.columns), jnp.float32)
         total = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
-        first = self.entries_ahead(jnp.int32(0)), (self.unit_sums(jnp.int32(0)), total)
         if self.p.is_apart:
-            first = first[0], ([], lax.fori_loop(0, self.lead, self.sums_apart, total))
+            total = lax.fori_loop(0, self.chunks, self.sums_apart, total)
+        first = self.entries_ahead(jnp.int32(0)), (self.unit_sums(jnp.int32(0)), total)
         return lax.fori_loop(0, pl.cdiv(p.mine, stages), some, first)[1][1]
 
     def sums_apart(self, i: Any, total: jax.Array) -> jax.Array:
-        """`total` with what is apart, of the i-th stage."""
+        """`total` with what is apart of 64 groups."""
 
         def scope(acc: Any) -> jax.Array:
             self.multiply_apart(i, acc)
@@ -580,7 +585,7 @@ class Warpgroup:
 
         kind = plgpu.WGMMAAccumulatorRef((ROWS, self.c.block_m), jnp.float32)
         found = pl.run_scoped(scope, *[kind] * (pieces * units))
-        self.release(i + self.lead)
+        self.release(i)
         for j, x in enumerate(found):
             at = s * units + j // pieces
             scale, *zero = (hopper.pick(t, at, self.interpret) for t in entries[j % pieces])

@@ -1,0 +1,112 @@
+"""What integer codes are too much, as an operand that meets sums of x over groups.
+
+``sum((code - zero) * scale * x)`` is ``sum((code - middle) * scale * x)`` and, for each group, ``(middle - zero) *
+scale`` times the sum of x: a product with 1 column for each group instead of an operation for each code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from . import asm
+from .layout import ROWS, SCALAR, WGMMA, permute_columns
+
+RUN = 8  # entries that a load takes, where rows are multiples
+
+
+def expand_less(
+    tables: Sequence[Any],
+    n_groups: int,
+    row: Any,
+    column: Any,
+    middle: int,
+    kept: int,
+    *,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """``(kept - zero) * scale`` as two bfloat16, high and low, ``[64, 64]``: columns as in `permute_columns`.
+
+    Args:
+      tables: scales and, if there are any, zeros ``[N, n_groups]``.
+      row, column: the first ones. Past the last group come numbers of other groups.
+      middle: the zero where there is no table.
+      kept: what is subtracted from codes before.
+    """
+    if interpret:
+        columns = jnp.minimum(column + permute_columns(jnp.arange(64)[None])[0], n_groups - 1)
+        take = lambda t: jnp.take(t[pl.ds(row, ROWS), :].reshape(ROWS, n_groups), columns, axis=1)
+        scale, *zero = (take(t).astype(jnp.float32) for t in tables)
+        less = scale * (kept - (zero[0] if zero else float(middle)))
+        # astype there and back would be simplified away
+        high = jax.lax.reduce_precision(less, exponent_bits=8, mantissa_bits=7)
+        return high.astype(jnp.bfloat16), (less - high).astype(jnp.bfloat16)
+    operand = plgpu.ShapeDtypeStruct((ROWS, 64), jnp.bfloat16, layout=WGMMA)
+    signed = [asm.is_signed(t.dtype) for t in tables]
+
+    @asm.inline(
+        arg_types=([plgpu.RefType()] * len(tables), SCALAR, SCALAR), return_type=[operand] * 2
+    )
+    def run(ctx, refs, row, column):
+        warp, g, q = asm.lanes()
+        own = arith.addi(asm.scalar(column), arith.muli(q, asm.const(16)))
+        first = arith.addi(asm.scalar(row), asm.first_row(warp, g))
+        start = arith.extsi(asm.i64(), arith.muli(first, asm.const(n_groups)))
+        number = lambda x: arith.constant(ir.F32Type.get(), float(x))
+        halves = [np.empty((8, 2), dtype=object) for _ in range(2)]
+        for half in range(2):
+            base = arith.addi(start, asm.const64(8 * half * n_groups))
+            for i in range(0, 16, RUN):
+                rows = [_entries(ref, base, own, i, n_groups, s) for ref, s in zip(refs, signed)]
+                zeros = rows[1] if rows[1:] else [number(middle)] * RUN
+                less = [
+                    arith.mulf(arith.subf(number(kept), zero), scale)
+                    for scale, zero in zip(rows[0], zeros)
+                ]
+                for octet in range(i // 2, i // 2 + 4):
+                    t, o = divmod(octet, 2)
+                    pair = [less[4 * t + 2 * e + o - i] for e in range(2)]
+                    for out, x in zip(halves, _in_two(pair)):
+                        out[octet, half] = x
+        return [asm.array(x, WGMMA, (ROWS, 64)) for x in halves]
+
+    return run(list(tables), row, column)
+
+
+def _entries(ref: Any, base: Any, own: Any, i: int, n_groups: int, signed: Any) -> list[Any]:
+    """Eight entries of a row from a thread's i-th on, in float32."""
+    element, pointer = asm.element(ref), asm.pointer(ref)
+    run = RUN if n_groups % RUN == 0 else 1
+    kind, size, found = ir.VectorType.get((run,), element), element.width // 8, []
+    for j in range(i, i + RUN, run):
+        at = arith.minui(arith.addi(own, asm.const(j)), asm.const(n_groups - run))
+        place = asm.at(pointer, arith.addi(base, arith.extsi(asm.i64(), at)), element)
+        loaded = llvm.load(kind, place, alignment=min(16, run * size))
+        found += [asm.extract(loaded, e) for e in range(run)]
+    return [_float32(x, signed) for x in found]
+
+
+def _float32(x: Any, signed: bool | None) -> Any:
+    f32 = ir.F32Type.get()
+    if x.type == f32:
+        return x
+    if signed is None:
+        return arith.extf(f32, x)
+    return (arith.sitofp if signed else arith.uitofp)(f32, x)
+
+
+def _in_two(pair: list[Any]) -> list[Any]:
+    """Two float32 numbers as two pairs of bfloat16, whose sum they are."""
+    f32, bf16 = ir.F32Type.get(), ir.BF16Type.get()
+    kind = ir.VectorType.get((2,), bf16)
+    high = [arith.truncf(bf16, x) for x in pair]
+    low = [arith.truncf(bf16, arith.subf(x, arith.extf(f32, h))) for x, h in zip(pair, high)]
+    return [vector.from_elements(kind, half) for half in (high, low)]
