@@ -6,7 +6,7 @@ scale`` times the sum of x: a product with 1 column for each group instead of an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -61,37 +61,37 @@ def expand_less(
         first = arith.addi(asm.scalar(row), asm.first_row(warp, g))
         start = arith.extsi(asm.i64(), arith.muli(first, asm.const(n_groups)))
         number = lambda x: arith.constant(ir.F32Type.get(), float(x))
+        bases = [arith.addi(start, asm.const64(8 * half * n_groups)) for half in range(2)]
+        # all loads first: they take as long as one
+        loaded = [[_load(ref, base, own, n_groups) for ref in refs] for base in bases]
         halves = [np.empty((8, 2), dtype=object) for _ in range(2)]
-        for half in range(2):
-            base = arith.addi(start, asm.const64(8 * half * n_groups))
-            for i in range(0, 16, RUN):
-                rows = [_entries(ref, base, own, i, n_groups, s) for ref, s in zip(refs, signed)]
-                zeros = rows[1] if rows[1:] else [number(middle)] * RUN
-                less = [
-                    arith.mulf(arith.subf(number(kept), zero), scale)
-                    for scale, zero in zip(rows[0], zeros)
-                ]
-                for octet in range(i // 2, i // 2 + 4):
-                    t, o = divmod(octet, 2)
-                    pair = [less[4 * t + 2 * e + o - i] for e in range(2)]
-                    for out, x in zip(halves, _in_two(pair)):
-                        out[octet, half] = x
+        for half, rows in enumerate(loaded):
+            for octet in range(8):
+                t, o = divmod(octet, 2)
+                pair = []
+                for e in range(2):
+                    scale, *zero = (
+                        _float32(row(4 * t + 2 * e + o), s) for row, s in zip(rows, signed)
+                    )
+                    less = arith.subf(number(kept), zero[0] if zero else number(middle))
+                    pair.append(arith.mulf(less, scale))
+                for out, x in zip(halves, _in_two(pair)):
+                    out[octet, half] = x
         return [asm.array(x, WGMMA, (ROWS, 64)) for x in halves]
 
     return run(list(tables), row, column)
 
 
-def _entries(ref: Any, base: Any, own: Any, i: int, n_groups: int, signed: Any) -> list[Any]:
-    """Eight entries of a row from a thread's i-th on, in float32."""
+def _load(ref: Any, base: Any, own: Any, n_groups: int) -> Callable[[int], Any]:
+    """Loads the 16 entries of a row from a thread's own on, and gives the i-th of them."""
     element, pointer = asm.element(ref), asm.pointer(ref)
     run = RUN if n_groups % RUN == 0 else 1
     kind, size, found = ir.VectorType.get((run,), element), element.width // 8, []
-    for j in range(i, i + RUN, run):
-        at = arith.minui(arith.addi(own, asm.const(j)), asm.const(n_groups - run))
+    for i in range(0, 16, run):
+        at = arith.minui(arith.addi(own, asm.const(i)), asm.const(n_groups - run))
         place = asm.at(pointer, arith.addi(base, arith.extsi(asm.i64(), at)), element)
-        loaded = llvm.load(kind, place, alignment=min(16, run * size))
-        found += [asm.extract(loaded, e) for e in range(run)]
-    return [_float32(x, signed) for x in found]
+        found.append(llvm.load(kind, place, alignment=min(16, run * size)))
+    return lambda i: asm.extract(found[i // run], i % run)
 
 
 def _float32(x: Any, signed: bool | None) -> Any:

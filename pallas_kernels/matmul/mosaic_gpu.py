@@ -149,15 +149,15 @@ class FewRows(Problem):
         wanted = self.plan.has_zero or (self.scales_sums and is_summed(self.group))
         if not (wanted and self.plan.pieces > 1 and hopper.is_in_place(self.plan, self.dtype)):
             return False
-        shape = (self.config.split, self.apart, 2, self.config.block_m, GROUPS)
-        blocks = 2 if 2 * self.config.shared_bytes(self.plan) <= SHARED_BYTES else 1
-        return blocks * (self.config.shared_bytes(self.plan) + 2 * math.prod(shape)) <= SHARED_BYTES
+        own = self.config.shared_bytes(self.plan)
+        blocks = 2 if 2 * own <= SHARED_BYTES else 1
+        return blocks * (own + 2 * math.prod(self.apart)) <= SHARED_BYTES
 
     @property
-    def apart(self) -> int:
-        """Times 64 groups that a warpgroup takes at most, or all that share a part of K."""
-        c = self.config
-        return pl.cdiv(pl.cdiv(self.n_groups, GROUPS), c.split * c.grid_k)
+    def apart(self) -> tuple[int, ...]:
+        """The shape of sums of x in a block: of its warpgroups that have any, times 64 groups."""
+        c, every = self.config, pl.cdiv(self.n_groups, GROUPS)
+        return min(c.split, every), pl.cdiv(every, c.split * c.grid_k), 2, c.block_m, GROUPS
 
     @property
     def decoded(self) -> hopper.Plan:
@@ -269,9 +269,9 @@ class FewRows(Problem):
             **self.x_scratch(),
         }
         if self.is_apart:
-            shape = (c.split, self.apart, 2, c.block_m, GROUPS)
-            scratch["apart"] = plgpu.SMEM(shape, self.dtype, transforms=hopper.tiled(self.dtype))
-            scratch["summed"] = plgpu.Barrier(num_barriers=c.split * self.apart)
+            tiles = hopper.tiled(self.dtype)
+            scratch["apart"] = plgpu.SMEM(self.apart, self.dtype, transforms=tiles)
+            scratch["summed"] = plgpu.Barrier(num_barriers=self.apart[0] * self.apart[1])
         if c.split > 1:
             scratch["sums"] = plgpu.SMEM((c.split - 1, ROWS, self.columns), jnp.float32)
             scratch["done"] = plgpu.Barrier(num_arrivals=c.split - 1)
@@ -396,7 +396,7 @@ class Warpgroup:
         return self.worker + i * (self.c.split * self.c.grid_k)
 
     def summed(self, i: Any) -> Any:
-        return self.scratch["summed"].at[self.ring * self.p.apart + i]
+        return self.scratch["summed"].at[self.ring * self.p.apart[1] + i]
 
     def fetch_apart(self) -> None:
         """Starts the copies of sums of x."""
@@ -524,9 +524,10 @@ class Warpgroup:
                 lax.fori_loop(0, jnp.minimum(ahead, p.mine - o * ahead), one, None)
                 return later
 
+            first = load(jnp.int32(0))  # before others wait for memory
             if p.is_apart:
                 lax.fori_loop(0, self.chunks, lambda i, _: self.multiply_apart(i, acc), None)
-            lax.fori_loop(0, pl.cdiv(p.mine, ahead), some, load(jnp.int32(0)))
+            lax.fori_loop(0, pl.cdiv(p.mine, ahead), some, first)
             return self.settled(acc)
 
         return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, c.block_m), jnp.float32))
@@ -557,9 +558,10 @@ class Warpgroup:
 
         zeros = jnp.zeros((ROWS, self.p.columns), jnp.float32)
         total = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        entries, unit_sums = self.entries_ahead(jnp.int32(0)), self.unit_sums(jnp.int32(0))
         if self.p.is_apart:
             total = lax.fori_loop(0, self.chunks, self.sums_apart, total)
-        first = self.entries_ahead(jnp.int32(0)), (self.unit_sums(jnp.int32(0)), total)
+        first = entries, (unit_sums, total)
         return lax.fori_loop(0, pl.cdiv(p.mine, stages), some, first)[1][1]
 
     def sums_apart(self, i: Any, total: jax.Array) -> jax.Array:

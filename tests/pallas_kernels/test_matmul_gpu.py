@@ -32,6 +32,8 @@ SLOW = {
     "int2, zeros of codes in place": ("int2-g64", 20, 512, 64, Config(24, split=1, row_bytes=64), "bfloat16"),
     "int8, zeros of codes in place": ("int8-g128-asym", 20, 256, 128, tall.Config(24), "bfloat16"),
     "int8, codes in place, two strips": ("int8-g128", 20, 512, 128, tall.Config(24), "bfloat16"),
+    "int4, zeros of many groups": ("int4-g32", 5, 4736, 64, Config(split=2, row_bytes=64), "bfloat16"),
+    "int2, zeros, few rows": ("int2-g64", 3, 768, 72, Config(split=1, row_bytes=64), "bfloat16"),
     "nf4, two strips": ("nf4-g64", 5, 512, 128, tall.Config(), "float16"),
     "int4, K over blocks": ("int4-g32-sym", 7, 512, 64, Config(split=1, row_bytes=64, grid_k=2), "bfloat16"),
     "int8": ("int8", 5, 256, 64, Config(split=1), "bfloat16"),
