@@ -9,7 +9,7 @@ may split K as well (`grid_k`), and their sums are added by XLA.
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +26,6 @@ from .columns import columns_of, is_summed
 from .problem import Problem, in_halves
 
 GROUPS = 64  # of what is apart, that are multiplied at once
-SHARED_BYTES = 226 * 1024  # of a multiprocessor, without those of the driver and of barriers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,17 +146,24 @@ class FewRows(Problem):
     def is_apart(self) -> bool:
         """Whether what codes are too much, a zero or the middle, is multiplied with sums of x over groups."""
         wanted = self.plan.has_zero or (self.scales_sums and is_summed(self.group))
-        if not (wanted and self.plan.pieces > 1 and hopper.is_in_place(self.plan, self.dtype)):
-            return False
-        own = self.config.shared_bytes(self.plan)
-        blocks = 2 if 2 * own <= SHARED_BYTES else 1
-        return blocks * (own + 2 * math.prod(self.apart)) <= SHARED_BYTES
+        return (
+            wanted and self.plan.pieces > 1 and hopper.is_in_place(self.plan, self.dtype)
+        )  # two pieces of a stage
 
     @property
-    def apart(self) -> tuple[int, ...]:
-        """The shape of sums of x in a block: of its warpgroups that have any, times 64 groups."""
-        c, every = self.config, pl.cdiv(self.n_groups, GROUPS)
-        return min(c.split, every), pl.cdiv(every, c.split * c.grid_k), 2, c.block_m, GROUPS
+    def workers(self) -> int:
+        """That share K."""
+        return self.config.split * self.config.grid_k
+
+    @property
+    def most_chunks(self) -> int:
+        """Times 64 groups that one of them takes at most."""
+        return pl.cdiv(self.chunks, self.workers)
+
+    @property
+    def chunks(self) -> int:
+        """Times 64 groups of what is apart."""
+        return pl.cdiv(self.n_groups, GROUPS) if self.is_apart else 0
 
     @property
     def decoded(self) -> hopper.Plan:
@@ -206,7 +212,8 @@ class FewRows(Problem):
             x, codes = self.padded(x, codes)
             if self.is_apart:
                 *tables, sums = tables
-                tables.append(jnp.pad(sums, ((0, 0), (0, -sums.shape[1] % c.block_m), (0, 0))))
+                rows = -sums.shape[1] % c.block_m
+                tables.append(jnp.pad(sums, ((0, 0), (0, rows), (0, c.row_bytes))))
             out_m = rows_m * c.block_m
         dtype = jnp.float32 if c.grid_k > 1 else self.out_dtype
         kernel = plgpu.kernel(
@@ -268,10 +275,6 @@ class FewRows(Problem):
             "full": plgpu.Barrier(num_arrivals=self.copies, num_barriers=slots),
             **self.x_scratch(),
         }
-        if self.is_apart:
-            tiles = hopper.tiled(self.dtype)
-            scratch["apart"] = plgpu.SMEM(self.apart, self.dtype, transforms=tiles)
-            scratch["summed"] = plgpu.Barrier(num_barriers=self.apart[0] * self.apart[1])
         if c.split > 1:
             scratch["sums"] = plgpu.SMEM((c.split - 1, ROWS, self.columns), jnp.float32)
             scratch["done"] = plgpu.Barrier(num_arrivals=c.split - 1)
@@ -348,10 +351,43 @@ class Warpgroup:
 
     # the ring
 
+    @property
+    def worker(self) -> Any:
+        """Which of those that share K it is."""
+        return lax.div(self.first, jnp.int32(self.p.mine))
+
+    @property
+    def lead(self) -> Any:
+        """Stages before those of codes: each for 64 groups of what is apart, of which workers take turns."""
+        if not self.p.is_apart:
+            return 0
+        return lax.div(self.p.chunks - 1 - self.worker + self.p.workers, jnp.int32(self.p.workers))
+
+    def chunk(self, i: Any) -> Any:
+        """The first group of the i-th of them."""
+        return (self.worker + i * self.p.workers) * GROUPS
+
     def fetch(self, i: Any) -> None:
-        """Starts the copies of a stage."""
+        """Starts the copies of the i-th stage."""
+        if not self.p.is_apart:
+            self.fetch_codes(i)
+            return
+        pl.when(i < self.lead)(lambda: self.fetch_apart(i))
+        pl.when(i >= self.lead)(lambda: self.fetch_codes(i))
+
+    def fetch_apart(self, i: Any) -> None:
+        """The same of one of sums of x."""
+        c, slot = self.c, lax.rem(i, self.c.stages)
+        rows, groups = pl.ds(self.row, c.block_m), pl.ds(self.chunk(i), c.row_bytes)
+        for half in range(2):
+            source = self.tables[-1].at[2 * self.entry + half, rows, groups]
+            to = self.scratch["x"].at[self.ring, slot, half]
+            plgpu.copy_gmem_to_smem(source, to, self.barrier("full", slot))
+
+    def fetch_codes(self, i: Any) -> None:
+        """The same of one of codes."""
         p, c = self.p, self.c
-        slot, offset = lax.rem(i, c.stages), (self.first + i) * c.row_bytes
+        slot, offset = lax.rem(i, c.stages), (self.first + i - self.lead) * c.row_bytes
         full, rows = self.barrier("full", slot), pl.ds(self.table_row, p.height)
         for stream in range(p.plan.streams):
             columns = pl.ds(stream * p.piece + offset, c.row_bytes)
@@ -366,66 +402,35 @@ class Warpgroup:
         plgpu.copy_gmem_to_smem(x, self.scratch["x"].at[self.ring, slot], full)
 
     def start(self) -> None:
-        self.fetch_apart()
-        for i in range(min(self.c.stages, self.p.mine)):
-            self.fetch(jnp.int32(i))
+        for i in range(min(self.c.stages, self.p.mine + self.p.most_chunks)):
+            one = functools.partial(self.fetch, jnp.int32(i))
+            one() if i < self.p.mine else pl.when(i < self.lead + self.p.mine)(one)
         lookup = self.scratch.get("lookup")
         hopper.fill_lookup(lookup, self.body.plan, self.p.dtype, self.c.split)
 
     def release(self, i: Any) -> None:
-        """Stage `i` was read: refills its slot."""
+        """The i-th stage was read: refills its slot."""
         late = i + self.c.stages
         hopper.sync(self.interpret)
-        pl.when(late < self.p.mine)(lambda: self.fetch(late))
-
-    # what is apart
-
-    @property
-    def worker(self) -> Any:
-        """Which part of K it has."""
-        return lax.div(self.first, jnp.int32(self.p.mine))
-
-    @property
-    def chunks(self) -> Any:
-        """Times 64 groups that it takes: every so many, beginning with its own."""
-        workers = self.c.split * self.c.grid_k
-        every = pl.cdiv(self.p.n_groups, GROUPS)
-        return lax.div(every - 1 - self.worker + workers, jnp.int32(workers))
-
-    def chunk(self, i: Any) -> Any:
-        return self.worker + i * (self.c.split * self.c.grid_k)
-
-    def summed(self, i: Any) -> Any:
-        return self.scratch["summed"].at[self.ring * self.p.apart[1] + i]
-
-    def fetch_apart(self) -> None:
-        """Starts the copies of sums of x."""
-        if not self.p.is_apart:
-            return
-
-        def one(i: Any, carry: None) -> None:
-            rows, groups = pl.ds(self.row, self.c.block_m), pl.ds(self.chunk(i) * GROUPS, GROUPS)
-            source = self.tables[-1].at[pl.ds(2 * self.entry, 2), rows, groups]
-            to = self.scratch["apart"].at[self.ring, i]
-            plgpu.copy_gmem_to_smem(source, to, self.summed(i))
-
-        lax.fori_loop(0, self.chunks, one, None)
-
-    def multiply_apart(self, i: Any, acc: Any) -> None:
-        """Adds what is apart of 64 groups, as two numbers of 16 bits, times sums of x that are two as well."""
-        p = self.p
-        staged = self.scratch["staged"].at[self.wg] if self.interpret else None
-        high, low = hopper.expand_less(
-            self.tables[: p.plan.terms], p.n_groups, self.table_row, self.chunk(i) * GROUPS,
-            p.plan.middle, self.body.plan.middle, interpret=self.interpret,
-        )  # fmt: skip
-        plgpu.barrier_wait(self.summed(i))
-        x = [self.scratch["apart"].at[self.ring, i, j].T for j in range(2)]
-        for w, sums in ((high, x[0]), (high, x[1]), (low, x[0])):
-            hopper.mma(acc, w, sums, staged)
-        plgpu.wgmma_wait(0)
+        pl.when(late < self.lead + self.p.mine)(lambda: self.fetch(late))
 
     # a stage
+
+    def multiply_apart(self, i: Any, acc: Any) -> None:
+        """Adds what is apart, of the i-th stage: two numbers of 16 bits, times sums of x that are two as well."""
+        p, slot = self.p, lax.rem(i, self.c.stages)
+        staged = self.scratch["staged"].at[self.wg] if self.interpret else None
+        high, low = hopper.expand_less(
+            self.tables[: p.plan.terms], p.n_groups, self.table_row, self.chunk(i),
+            p.plan.middle, self.body.plan.middle, interpret=self.interpret,
+        )  # fmt: skip
+        plgpu.barrier_wait(self.barrier("full", slot))
+        x = self.scratch["x"].at[self.ring, slot]
+        sums = [x.at[half, :, pl.ds(0, GROUPS)].T for half in range(2)]
+        for w, own in ((high, sums[0]), (high, sums[1]), (low, sums[0])):
+            hopper.mma(acc, w, own, staged)
+        plgpu.wgmma_wait(0)
+        self.release(i)
 
     @property
     def rows(self) -> Any:
@@ -482,7 +487,7 @@ class Warpgroup:
     def multiply(self, i: Any, terms: Any, accumulators: Sequence[Sequence[Any]]) -> None:
         """Adds a stage to the accumulators of its units and pieces."""
         p, c, plan = self.p, self.c, self.body.plan
-        slot = lax.rem(i, c.stages)
+        slot = lax.rem(i + self.lead, c.stages)
         plgpu.barrier_wait(self.barrier("full", slot))
         staged = self.scratch["staged"].at[self.wg] if self.interpret else None
         codes = [
@@ -526,7 +531,7 @@ class Warpgroup:
 
             first = load(jnp.int32(0))  # before others wait for memory
             if p.is_apart:
-                lax.fori_loop(0, self.chunks, lambda i, _: self.multiply_apart(i, acc), None)
+                lax.fori_loop(0, self.lead, lambda i, _: self.multiply_apart(i, acc), None)
             lax.fori_loop(0, pl.cdiv(p.mine, ahead), some, first)
             return self.settled(acc)
 
@@ -539,7 +544,7 @@ class Warpgroup:
             terms = [[hopper.pick_terms(t, s, self.interpret) for t in own] for own in terms]
         self.multiply(i, terms, [[acc] * p.plan.pieces])
         plgpu.wgmma_wait(0)
-        self.release(i)
+        self.release(i + self.lead)
 
     def settled(self, acc: Any) -> jax.Array:
         """Sums after the wait for the last product."""
@@ -560,12 +565,12 @@ class Warpgroup:
         total = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
         entries, unit_sums = self.entries_ahead(jnp.int32(0)), self.unit_sums(jnp.int32(0))
         if self.p.is_apart:
-            total = lax.fori_loop(0, self.chunks, self.sums_apart, total)
+            total = lax.fori_loop(0, self.lead, self.sums_apart, total)
         first = entries, (unit_sums, total)
         return lax.fori_loop(0, pl.cdiv(p.mine, stages), some, first)[1][1]
 
     def sums_apart(self, i: Any, total: jax.Array) -> jax.Array:
-        """`total` with what is apart of 64 groups."""
+        """`total` with what is apart, of the i-th stage."""
 
         def scope(acc: Any) -> jax.Array:
             self.multiply_apart(i, acc)
@@ -587,7 +592,7 @@ class Warpgroup:
 
         kind = plgpu.WGMMAAccumulatorRef((ROWS, self.c.block_m), jnp.float32)
         found = pl.run_scoped(scope, *[kind] * (pieces * units))
-        self.release(i)
+        self.release(i + self.lead)
         for j, x in enumerate(found):
             at = s * units + j // pieces
             scale, *zero = (hopper.pick(t, at, self.interpret) for t in entries[j % pieces])

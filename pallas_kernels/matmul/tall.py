@@ -109,14 +109,14 @@ class Strip(Warpgroup):
             pl.when(i >= stages)(lambda: plgpu.barrier_wait(empty))
             self.fetch(i)
 
-        self.fetch_apart()
-        lax.fori_loop(0, self.p.mine, step, None)
+        lax.fori_loop(0, self.lead + self.p.mine, step, None)
 
     def release(self, i: Any) -> None:
         """Says that stage `i` was read, to the one that refills its slot."""
         hopper.sync(self.interpret)
         empty = self.barrier("empty", lax.rem(i, self.c.stages))
-        pl.when(i + self.c.stages < self.p.mine)(lambda: plgpu.barrier_arrive(empty))
+        last = self.lead + self.p.mine
+        pl.when(i + self.c.stages < last)(lambda: plgpu.barrier_arrive(empty))
 
     def settled(self, acc: Any) -> jax.Array:
         return hopper.settled(acc[...], self.scratch["words"].at[self.wg], self.interpret)
