@@ -51,6 +51,7 @@ def expand_less(
         return high.astype(jnp.bfloat16), (less - high).astype(jnp.bfloat16)
     operand = plgpu.ShapeDtypeStruct((ROWS, 64), jnp.bfloat16, layout=WGMMA)
     signed = [asm.is_signed(t.dtype) for t in tables]
+    sizes = [jnp.dtype(t.dtype).itemsize for t in tables]
 
     @asm.inline(
         arg_types=([plgpu.RefType()] * len(tables), SCALAR, SCALAR), return_type=[operand] * 2
@@ -63,7 +64,10 @@ def expand_less(
         number = lambda x: arith.constant(ir.F32Type.get(), float(x))
         bases = [arith.addi(start, asm.const64(8 * half * n_groups)) for half in range(2)]
         # all loads first: they take as long as one
-        loaded = [[_load(ref, base, own, n_groups) for ref in refs] for base in bases]
+        loaded = [
+            [_load(ref, base, own, n_groups, size) for ref, size in zip(refs, sizes)]
+            for base in bases
+        ]
         halves = [np.empty((8, 2), dtype=object) for _ in range(2)]
         for half, rows in enumerate(loaded):
             for octet in range(8):
@@ -82,11 +86,11 @@ def expand_less(
     return run(list(tables), row, column)
 
 
-def _load(ref: Any, base: Any, own: Any, n_groups: int) -> Callable[[int], Any]:
+def _load(ref: Any, base: Any, own: Any, n_groups: int, size: int) -> Callable[[int], Any]:
     """Loads the 16 entries of a row from a thread's own on, and gives the i-th of them."""
     element, pointer = asm.element(ref), asm.pointer(ref)
     run = RUN if n_groups % RUN == 0 else 1
-    kind, size, found = ir.VectorType.get((run,), element), element.width // 8, []
+    kind, found = ir.VectorType.get((run,), element), []
     for i in range(0, 16, run):
         at = arith.minui(arith.addi(own, asm.const(i)), asm.const(n_groups - run))
         place = asm.at(pointer, arith.addi(base, arith.extsi(asm.i64(), at)), element)

@@ -81,7 +81,7 @@ def kernel(
 
 
 def _body(
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     pieces: int,
     unit: float,
     width: int,
