@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -112,7 +113,7 @@ def _on_cuda(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
     if choose and not takes_many and _decodes_first(x, w):
         return xla.matmul(x, w, tile_bytes=WHOLE_BYTES, **options)
     lead, (m, k), n = x.shape[:-2], x.shape[-2:], w.shape[-2]
-    dtype = options["preferred_element_type"] or jnp.result_type(x.dtype, w.dtype)
+    dtype = _out_dtype(x, w, options)
     folded, one = x.reshape(math.prod(lead), m, k), w.folded(range(len(lead)))
     plan, rows = hopper.plan_of(w.codec), mosaic_gpu.rows_of(folded)
     if takes_many:
@@ -129,7 +130,13 @@ def _on_tpu(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
     """Elsewhere than on a TPU jax must be told which one it is for: `jax.sharding.use_abstract_mesh`."""
     if choose and (not tpu.is_named() or mosaic_tpu.refusal(*operands)):
         return _by_xla(operands, choose=choose, **options)
+    options["preferred_element_type"] = _out_dtype(*operands, options)
     return mosaic_tpu.matmul(*operands, **options)
+
+
+def _out_dtype(x: jax.Array, w: Packed, options: dict[str, Any]) -> Any:
+    """That of `lax.dot_general`, which is not always the one that jnp promotes to."""
+    return jax.eval_shape(functools.partial(xla.matmul, **options), x, w).dtype
 
 
 def _batched(call: Any, size: int, operands: Any, is_batched: Any) -> jax.Array:

@@ -246,6 +246,14 @@ def test_lowers_for_cuda(spec):
     assert "mosaic_gpu" in run.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
 
 
+def test_dtypes_that_differ_lower_for_cuda():
+    """As `lax.dot_general` has it, whose result is not what jnp promotes to."""
+    x, w = shapes("int4-g128", 3, 512, 64)
+    run, x = jax.jit(matmul), jax.ShapeDtypeStruct(x.shape, "float16")
+    assert jax.eval_shape(run, x, w).dtype == w.dtype
+    assert "mosaic_gpu" in run.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_shape_gets_blocks_that_fit(spec):
     plan = hopper.plan_of(codecs.get(spec))
