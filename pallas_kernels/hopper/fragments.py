@@ -322,9 +322,9 @@ def expand_in_order(
         for r in range(2):
             for t in range(4):
                 mine = [asm.extract(stream[t // 2, r], t % 2) for stream in streams]
-                mine_too = maker.terms(piece, [term[r] for term in own[t * len(own) // 4]])
+                terms_ = maker.terms(piece, [term[r] for term in own[t * len(own) // 4]])
                 for o, pair in enumerate(maker.pairs(mine)[piece]):
-                    registers[2 * t + o, r] = asm.bits(maker.scaled(pair, mine_too), maker.vector)
+                    registers[2 * t + o, r] = asm.bits(maker.scaled(pair, terms_), maker.vector)
         return asm.array(registers, WGMMA, (ROWS, 64))
 
     return run(list(words), flat, levels)
@@ -565,9 +565,8 @@ def _values(
     code = code_of(streams, plan.fields[piece])
     if columns and is_in_place(plan, dtype):
         *base, scale = columns[: len(plan.tables)]
-        scale = scale * (
-            2.0**DOWN / code_unit(plan, piece)
-        )  # codes in place are too small for a CPU
+        # as a level, since codes in place are too small for a CPU
+        scale = scale * (2.0**DOWN / code_unit(plan, piece))
         weight = (code - (base[0] if base else plan.middle)) * scale * 2.0**-DOWN
         return (weight + columns[2] if base else weight).astype(dtype)
     if is_in_place(plan, dtype) and not columns and not plan.middle:

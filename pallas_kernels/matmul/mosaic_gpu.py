@@ -4,6 +4,10 @@
 (`hopper.fragments`), with `block_m` rows of x. A stage of the ring is `row_bytes` bytes of codes of each row and the
 columns of x that belong to them, one bulk copy each. Warpgroups of a block take different parts of K (`split`); blocks
 may split K as well (`grid_k`), and their sums are added by XLA.
+
+bfloat16 weights of 2, 4 and 8 bits are made of codes where they lie; for up to 16 rows of x the codes themselves are
+multiplied so. What 2- and 4-bit codes are too much, a zero or the middle, then is a product of its own with sums of x
+over groups (`is_apart`), in stages before those of codes: it costs a code nothing.
 """
 
 from __future__ import annotations
@@ -146,24 +150,23 @@ class FewRows(Problem):
     def is_apart(self) -> bool:
         """Whether what codes are too much, a zero or the middle, is multiplied with sums of x over groups."""
         wanted = self.plan.has_zero or (self.scales_sums and is_summed(self.group))
-        return (
-            wanted and self.plan.pieces > 1 and hopper.is_in_place(self.plan, self.dtype)
-        )  # two pieces of a stage
+        has_room = self.plan.pieces > 1  # for high and low
+        return wanted and has_room and hopper.is_in_place(self.plan, self.dtype)
 
     @property
     def workers(self) -> int:
-        """That share K."""
+        """Warpgroups that share K."""
         return self.config.split * self.config.grid_k
-
-    @property
-    def most_chunks(self) -> int:
-        """Times 64 groups that one of them takes at most."""
-        return pl.cdiv(self.chunks, self.workers)
 
     @property
     def chunks(self) -> int:
         """Times 64 groups of what is apart."""
         return pl.cdiv(self.n_groups, GROUPS) if self.is_apart else 0
+
+    @property
+    def most_chunks(self) -> int:
+        """That a worker takes."""
+        return pl.cdiv(self.chunks, self.workers)
 
     @property
     def decoded(self) -> hopper.Plan:
