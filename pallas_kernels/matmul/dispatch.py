@@ -130,8 +130,9 @@ def _on_tpu(operands: Any, *, choose: bool, **options: Any) -> jax.Array:
     """Elsewhere than on a TPU jax must be told which one it is for: `jax.sharding.use_abstract_mesh`."""
     if choose and (not tpu.is_named() or mosaic_tpu.refusal(*operands)):
         return _by_xla(operands, choose=choose, **options)
-    options["preferred_element_type"] = _out_dtype(*operands, options)
-    return mosaic_tpu.matmul(*operands, **options)
+    x, w = operands
+    options["preferred_element_type"] = _out_dtype(x, w, options)
+    return mosaic_tpu.matmul(x, w, **options)
 
 
 def _out_dtype(x: jax.Array, w: Packed, options: dict[str, Any]) -> Any:
