@@ -1,4 +1,4 @@
-"""Low-bit matmul on a GPU against bf16, XLA's own int8 and int4, and torch: time on the device and share of the roofline.
+"""Low-bit matmul on a GPU against bf16, XLA's own int8 and int4, and torch: time and share of the roofline.
 
   python -m stowax.experiments.bench_matmul --shapes=4096x14336,8192x28672 --m=1,16,64,128,256,1024 --torch
 
@@ -37,7 +37,8 @@ CHAIN = flags.DEFINE_bool("chain", False, "Also time a link of a chain, launches
 OUT = flags.DEFINE_string("out", "out/bench_matmul", "Where the JSON and the picture go.")
 
 HEADER = (
-    "weights", "K x N", "M", "us", "of which longest", "of bf16", "TB/s", "roofline", "bound", "chained us", "error", "path",
+    "weights", "K x N", "M", "us", "of which longest", "of bf16", "TB/s", "roofline", "bound", "chained us", "error",
+    "path",
 )  # fmt: skip
 
 
