@@ -34,6 +34,9 @@ SPECS = flags.DEFINE_list(
 )
 TORCH = flags.DEFINE_bool("torch", False, "Also cuBLAS and tinygemm's int4 through torch.")
 CHAIN = flags.DEFINE_bool("chain", False, "Also time a link of a chain, launches included.")
+REPEATS = flags.DEFINE_integer(
+    "repeats", 0, "Also run each of ours so often, and tell where bits differ."
+)
 OUT = flags.DEFINE_string("out", "out/bench_matmul", "Where the JSON and the picture go.")
 
 HEADER = (
@@ -105,9 +108,12 @@ def measure(spec: str, k: int, n: int, m: int) -> dict[str, Any]:
         row["chained_us"] = kernel_timing.chained_us(functools.partial(link, product), x, sets)
     if isinstance(first, Packed):
         want = matmul(x, first, implementation="reference", preferred_element_type=jnp.float32)
-        got = matmul(x, first).astype(jnp.float32)
+        run = jax.jit(matmul)
+        found = run(x, first)
+        got = found.astype(jnp.float32)
         row["error"] = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
-        row["path"] = kernel_name(x, first)
+        same = all(bool(jnp.array_equal(run(x, first), found)) for _ in range(REPEATS.value))
+        row["path"] = kernel_name(x, first) + ("" if same else "; BITS DIFFER")
     return row
 
 
