@@ -102,8 +102,8 @@ def measure(spec: str, k: int, n: int, m: int) -> dict[str, Any]:
     sets = [first] + [make(n, k, i) for i in range(1, kernel_timing.copies(nbytes))]
     kernels = kernel_timing.kernels_us(product, x, sets)
     us, longest = sum(kernels.values()), max(kernels.values())
-    row: dict[str, Any] = {"spec": spec, "k": k, "n": n, "m": m, "us": us, "kernel_us": longest}
-    row["nbytes"] = nbytes
+    row: dict[str, Any] = {"spec": spec, "k": k, "n": n, "m": m, "us": us}
+    row |= {"kernel_us": longest, "nbytes": nbytes}
     if CHAIN.value:
         row["chained_us"] = kernel_timing.chained_us(functools.partial(link, product), x, sets)
     if isinstance(first, Packed):
@@ -140,9 +140,8 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     number = lambda name, form: format(row[name], form) if name in row else ""
     return (
         row["spec"], f"{row['k']} x {row['n']}", str(row["m"]), number("us", ".1f"), number("kernel_us", ".1f"),
-        number("of_bf16", ".2f"),
-        number("tb_per_s", ".2f"), number("roofline", ".0%"), row.get("bound", ""), number("chained_us", ".1f"),
-        number("error", ".1e"), row.get("path", row.get("refusal", "")),
+        number("of_bf16", ".2f"), number("tb_per_s", ".2f"), number("roofline", ".0%"), row.get("bound", ""),
+        number("chained_us", ".1f"), number("error", ".1e"), row.get("path", row.get("refusal", "")),
     )  # fmt: skip
 
 

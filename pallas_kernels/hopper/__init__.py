@@ -24,6 +24,7 @@ from .in_place import write_offsets as write_offsets
 from .layout import AHEAD as AHEAD
 from .layout import ROWS as ROWS
 from .layout import WGMMA as WGMMA
+from .layout import in_two as in_two
 from .layout import is_whole as is_whole
 from .layout import load_ahead as load_ahead
 from .layout import load_columns as load_columns

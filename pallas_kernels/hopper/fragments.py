@@ -136,7 +136,7 @@ def offset_of(plan: Plan, dtype: Any) -> int:
     return -128 if plan.bits == 8 and dtype == jnp.bfloat16 else MAGIC[jnp.dtype(dtype).name]
 
 
-LOWEST = 133  # the lowest bit of a bfloat16 is 2**-133
+LOWEST = {"bfloat16": 133, "float16": 24}  # the lowest bit is 2 to minus that
 SIGN = 0x8000
 X_UNIT = 2.0**64  # products of codes in place with so much of x are normal numbers
 DOWN = 33  # weights made of codes in place are 2**-33 of what they are
@@ -161,26 +161,27 @@ def terms_of(
     are integers, and next to nothing where they are not.
     """
     scale = tables[0].astype(jnp.float32)
+    unit = code_unit(plan, piece, dtype) / 2.0**DOWN if is_in_place(plan, dtype) else 1.0
     if not plan.has_zero:
-        up = code_unit(plan, piece) / 2.0**DOWN if is_in_place(plan, dtype) else 1.0
-        return ((scale * up).astype(dtype), *(t.astype(dtype) for t in tables[1:]))
+        return ((scale * unit).astype(dtype), *(t.astype(dtype) for t in tables[1:]))
     zero = tables[1].astype(jnp.float32)
     if is_in_place(plan, dtype):
         base = jnp.round(zero).astype(dtype)
         rest = (base.astype(jnp.float32) - zero) * scale * 2.0**-DOWN
-        return (
-            base,
-            (scale * (code_unit(plan, piece) / 2.0**DOWN)).astype(dtype),
-            rest.astype(dtype),
-        )
+        return base, (scale * unit).astype(dtype), rest.astype(dtype)
     base = jnp.round(zero)
     rest = (base - zero) * scale
     return tuple(t.astype(dtype) for t in (base + offset_of(plan, dtype), scale, rest))
 
 
-def code_unit(plan: Plan, piece: int) -> float:
-    """What a code of a piece is to the bfloat16 that it is in place."""
-    return 2.0 ** (LOWEST - plan.bits * piece)
+def code_unit(plan: Plan, piece: int, dtype: Any) -> float:
+    """What a code of a piece is to the 16-bit float that it is in place."""
+    return 2.0 ** (LOWEST[jnp.dtype(dtype).name] - plan.bits * piece)
+
+
+def stays_in_place(plan: Plan, dtype: Any, is_scaled: bool) -> bool:
+    """Whether `expand` leaves codes where they lie: to be scaled, or where nothing is to be subtracted."""
+    return is_in_place(plan, dtype) and (is_scaled or not plan.middle)
 
 
 def expand(
@@ -348,6 +349,16 @@ def _load_in_order(ref: Any, half: int, row_bytes: int) -> list[list[Any]]:
     return [[join(load(r, t, 0), load(r, t, 1)) for t in range(4)] for r in range(2)]
 
 
+def place(word: Any, o: int) -> Any:
+    """A word whose bytes 0 and 2 are the bytes o and o + 2."""
+    return arith.shrui(word, asm.const(8)) if o else word
+
+
+def _field(field: Field) -> Any:
+    """The mask of a field in bytes 0 and 2."""
+    return asm.const(asm.both((2**field.width - 1) << field.shift))
+
+
 class _Maker:
     """Registers of A: for each piece ``[octet of columns, row]``; an octet is 2 t + o."""
 
@@ -421,15 +432,14 @@ class _Ints(_Maker):
 
     def in_place(self, word: Any, field: Field, o: int) -> Any:
         """A code less `middle` from where it lies: exact, and without a shift of its own; see `halves`."""
-        v = arith.shrui(word, asm.const(8)) if o else word
-        mask = asm.const(asm.both((2**field.width - 1) << field.shift))
-        x, up = asm.word("lop3.b32 $0, $1, $2, $3, 0xEA;", v, mask, self.magic), 2.0**field.shift
+        v, up = place(word, o), 2.0**field.shift
+        x = asm.word("lop3.b32 $0, $1, $2, $3, 0xEA;", v, _field(field), self.magic)
         less = MAGIC[self.dtype.name] / up + self.plan.middle
         return self.fma(x, self.constant(1 / up), self.constant(-less))
 
     def byte(self, word: Any, o: int) -> Any:
         """A code less 128: its low 7 bits over 128, less 256 or, where the high bit is set, 128."""
-        v = arith.shrui(word, asm.const(8)) if o else word
+        v = place(word, o)
         low, high = asm.const(asm.both(0x7F)), asm.const(asm.both(0x80))
         a = asm.word("lop3.b32 $0, $1, $2, $3, 0xEA;", v, low, self.magic)
         b = asm.word("lop3.b32 $0, $1, $2, $3, 0xAE;", v, high, self.magic)  # (~v & high) | magic
@@ -457,8 +467,7 @@ class _InPlace(_Maker):
 
     def pair(self, words: list[Any], fields: tuple[Field, ...], o: int) -> Any:
         (field,), (word,) = fields, words
-        v = arith.shrui(word, asm.const(8)) if o else word
-        return arith.andi(v, asm.const(asm.both((2**field.width - 1) << field.shift)))
+        return arith.andi(place(word, o), _field(field))
 
     def scaled(self, pair: Any, terms: list[Any]) -> Any:
         if not terms:
@@ -517,7 +526,7 @@ MAKERS = {"int": _Ints, "odd": _Odd, "float": _Floats, "levels": _Levels}
 
 
 def _maker(plan: Plan, dtype: Any, is_scaled: bool, levels: Sequence[Any]) -> _Maker:
-    if is_in_place(plan, dtype) and (is_scaled or not plan.middle):
+    if stays_in_place(plan, dtype, is_scaled):
         return _InPlace(plan, dtype)
     return MAKERS[plan.kind](plan, dtype, *levels)
 
@@ -557,20 +566,14 @@ def _in_order(
 def _values(
     streams: Sequence[jax.Array], piece: int, columns: list[jax.Array], plan: Plan, dtype: Any
 ) -> jax.Array:
-    """A piece of the bytes of every stream as numbers; codes in place times `X_UNIT`, as a CPU takes them for zero.
+    """A piece of the bytes of every stream as numbers.
 
     Args:
       columns: its terms, spread over the numbers; none for levels unscaled.
     """
     code = code_of(streams, plan.fields[piece])
-    if columns and is_in_place(plan, dtype):
-        *base, scale = columns[: len(plan.tables)]
-        # as a level, since codes in place are too small for a CPU
-        scale = scale * (2.0**DOWN / code_unit(plan, piece))
-        weight = (code - (base[0] if base else plan.middle)) * scale * 2.0**-DOWN
-        return (weight + columns[2] if base else weight).astype(dtype)
-    if is_in_place(plan, dtype) and not columns and not plan.middle:
-        return (code * (X_UNIT / code_unit(plan, piece))).astype(dtype)
+    if stays_in_place(plan, dtype, bool(columns)):
+        return _placed(code, code_unit(plan, piece, dtype), columns, plan).astype(dtype)
     level = level_of(code, plan)
     if plan.has_zero:
         level = level + offset_of(plan, dtype)
@@ -580,6 +583,16 @@ def _values(
     elif columns:
         level = level * columns[0] + (columns[1] if columns[1:] else 0)
     return level.astype(dtype)
+
+
+def _placed(code: jax.Array, unit: float, columns: list[jax.Array], plan: Plan) -> jax.Array:
+    """`_values` of codes in place, which a CPU takes for zero: unscaled times `X_UNIT`, scaled from their levels."""
+    if not columns:
+        return code * (X_UNIT / unit)
+    *base, scale = columns[: len(plan.tables)]
+    level = code - (base[0] if base else plan.middle)
+    weight = level * (scale * (2.0**DOWN / unit)) * 2.0**-DOWN
+    return weight + columns[2] if base else weight
 
 
 def code_of(streams: Sequence[jax.Array], fields: tuple[Field, ...]) -> jax.Array:

@@ -18,15 +18,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from . import asm
-from .fragments import Plan
+from .fragments import LOWEST, SIGN, Plan, code_unit, place
 from .halves import Halves, halves_of
-
-MINUS, SMALLEST = 0x8000, 24  # the sign of a half; the lowest bit is 2**-24
 
 
 def unit_of(plan: Plan, piece: int = 0) -> float:
     """What a code, or a level, of a piece is to what a product takes for it."""
-    return 2.0 ** (SMALLEST - plan.bits * piece) if plan.kind == "int" else 1.0
+    return code_unit(plan, piece, jnp.float16) if plan.kind == "int" else 1.0
 
 
 def unit_at(plan: Plan, piece: int | Any) -> Any:
@@ -36,7 +34,7 @@ def unit_at(plan: Plan, piece: int | Any) -> Any:
     if isinstance(piece, int):
         return arith.constant(ir.F32Type.get(), unit_of(plan, piece))
     down = arith.muli(piece, asm.const(plan.bits << 23))
-    return asm.bits(arith.subi(asm.const((127 + SMALLEST) << 23), down), ir.F32Type.get())
+    return asm.bits(arith.subi(asm.const((127 + LOWEST["float16"]) << 23), down), ir.F32Type.get())
 
 
 class InPlace:
@@ -47,7 +45,7 @@ class InPlace:
         self.less = 1 if plan.has_zero else plan.middle
 
     def places(self, word: Any) -> list[Any]:
-        return [word, arith.shrui(word, asm.const(8))]
+        return [place(word, 0), place(word, 1)]
 
     def field(self, piece: int | Any) -> Any:
         """The mask of a piece."""
@@ -67,7 +65,7 @@ class InPlace:
         """
         if piece is None:
             return asm.const(asm.both(int(np.float16(-self.less).view(np.uint16))))
-        return asm.const(asm.both(MINUS | self.less << self.plan.bits * piece))
+        return asm.const(asm.both(SIGN | self.less << self.plan.bits * piece))
 
     def scale(self, scale: Any) -> Any:
         return scale

@@ -201,6 +201,19 @@ def load_ahead(
     return load(ref, row, column)
 
 
+def _holder(i: Any) -> Any:
+    """The lane, of a thread's row, that has column `i` of what `load_ahead` gives."""
+    lane = arith.index_cast(asm.i32(), asm.thread())
+    return arith.addi(arith.andi(lane, asm.const(28)), arith.shrui(i, asm.const(1)))
+
+
+def in_two(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Float32 numbers as sums of two, high and low, of which the digits of a bfloat16 are all or most."""
+    # astype there and back would be simplified away
+    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return high, x - high
+
+
 def pick(entries: jax.Array, i: Any, interpret: bool) -> jax.Array:
     """Column `i` of what `load_ahead` gives, ``f32[64]``."""
     if interpret:
@@ -211,8 +224,8 @@ def pick(entries: jax.Array, i: Any, interpret: bool) -> jax.Array:
         return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=ROW),
     )
     def run(ctx, entries, i):
-        i, lane = asm.scalar(i), arith.index_cast(asm.i32(), asm.thread())
-        source = arith.addi(arith.andi(lane, asm.const(28)), arith.shrui(i, asm.const(1)))
+        i = asm.scalar(i)
+        source = _holder(i)
         odd = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(i, asm.const(1)), asm.const(0))
         f32, out = ir.F32Type.get(), []
         for x in entries.registers.flat:
@@ -238,8 +251,8 @@ def pick_terms(terms: jax.Array, i: Any, interpret: bool) -> jax.Array:
         return_type=plgpu.ShapeDtypeStruct((ROWS,), jnp.int32, layout=ROW),
     )
     def run(ctx, terms, i):
-        i, lane = asm.scalar(i), arith.index_cast(asm.i32(), asm.thread())
-        source = arith.addi(arith.andi(lane, asm.const(28)), arith.shrui(i, asm.const(1)))
+        i = asm.scalar(i)
+        source = _holder(i)
         half = arith.addi(
             arith.muli(arith.andi(i, asm.const(1)), asm.const(0x2222)), asm.const(0x1010)
         )

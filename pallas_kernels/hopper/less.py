@@ -18,7 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from . import asm
-from .layout import ROWS, SCALAR, WGMMA, permute_columns
+from .layout import ROWS, SCALAR, WGMMA, in_two, permute_columns
 
 RUN = 8  # entries that a load takes, where rows are multiples
 
@@ -46,9 +46,8 @@ def expand_less(
         take = lambda t: jnp.take(t[pl.ds(row, ROWS), :].reshape(ROWS, n_groups), columns, axis=1)
         scale, *zero = (take(t).astype(jnp.float32) for t in tables)
         less = scale * (kept - (zero[0] if zero else float(middle)))
-        # astype there and back would be simplified away
-        high = jax.lax.reduce_precision(less, exponent_bits=8, mantissa_bits=7)
-        return high.astype(jnp.bfloat16), (less - high).astype(jnp.bfloat16)
+        high, low = (half.astype(jnp.bfloat16) for half in in_two(less))
+        return high, low
     operand = plgpu.ShapeDtypeStruct((ROWS, 64), jnp.bfloat16, layout=WGMMA)
     signed = [asm.is_signed(t.dtype) for t in tables]
     sizes = [jnp.dtype(t.dtype).itemsize for t in tables]

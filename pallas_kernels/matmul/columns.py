@@ -52,9 +52,7 @@ def plain(x: jax.Array, *, pieces: int, unit: float, group: int | None) -> tuple
         return (columns,)
     x = jnp.pad(x, ((0, 0), (0, 0), (0, -k % group)))
     sums = x.reshape(*x.shape[:2], -1, group).astype(jnp.float32).sum(-1)
-    # astype there and back would be simplified away
-    high = lax.reduce_precision(sums, exponent_bits=8, mantissa_bits=7)
-    pair = hopper.permute_columns(jnp.stack([high, sums - high], 1).astype(x.dtype))
+    pair = hopper.permute_columns(jnp.stack(hopper.in_two(sums), 1).astype(x.dtype))
     return columns, pair.reshape(2 * b, x.shape[1], -1)
 
 
@@ -66,9 +64,8 @@ def kernel(
     rows, width, reach = m + -m % 8, WIDTH, k
     shapes = [(b * pieces, rows, k // pieces)]
     if group is not None:
-        width, groups = max(width, group), BLOCK * pl.cdiv(pl.cdiv(k, group), BLOCK)
-        shapes.append((2 * b, rows, groups))
-        reach = groups * group
+        width, reach = max(width, group), k + -k % (BLOCK * group)
+        shapes.append((2 * b, rows, reach // group))
     out = triton.call(
         functools.partial(_body, x.shape, pieces, unit, width, group),
         grid=(b, rows, pl.cdiv(reach, width)),
@@ -105,7 +102,7 @@ def _body(
     high = total.astype(columns.dtype)
     j = chunk * (width // group) + lax.iota(jnp.int32, width // group)
     place = (j & -BLOCK) + _moved(j, (4, 2), (5, 4), (2, 16), (3, 32), (1, 1), (0, 8))
-    groups = BLOCK * pl.cdiv(pl.cdiv(k, group), BLOCK)
+    groups = (k + -k % (BLOCK * group)) // group
     for half, part in enumerate((high, (total - high.astype(jnp.float32)).astype(high.dtype))):
         first = ((2 * entry + half) * rows + row) * groups
         triton.store(sums[0].at[first + place], part, j < groups)
@@ -120,8 +117,8 @@ def refusal(x: Any, group: int | None) -> str:
     """Why the kernel can't take these; "" where it can."""
     if group is not None and not is_summed(group):
         return f"groups of {group}"
-    if x.size >= 2**30:
-        return f"{x.size:,} elements"
+    if x.size >= 2**30 or x.shape[1] > 2**15:  # a grid's second axis is below 2**16
+        return f"{x.shape[1]:,} rows, {x.size:,} elements"
     return triton.refusal()
 
 

@@ -184,7 +184,9 @@ class FewRows(Problem):
 
     def sum_unit(self, piece: int) -> float:
         """What sums that are to be scaled are to what the kernel sums up."""
-        return hopper.code_unit(self.plan, piece) / hopper.X_UNIT if self.is_apart else 1.0
+        return (
+            hopper.code_unit(self.plan, piece, self.dtype) / hopper.X_UNIT if self.is_apart else 1.0
+        )
 
     @property
     def units(self) -> int:
@@ -287,7 +289,11 @@ class FewRows(Problem):
 
 
 class Body:
-    """The kernel's body, for one warpgroup."""
+    """The kernel's body, for one warpgroup.
+
+    Attributes:
+      plan: what weights are made by; the weight's own is the problem's.
+    """
 
     def __init__(self, problem: FewRows, out_m: int):
         self.problem, self.out_m = problem, out_m
@@ -366,6 +372,11 @@ class Warpgroup:
             return 0
         return lax.div(self.p.chunks - 1 - self.worker + self.p.workers, jnp.int32(self.p.workers))
 
+    @property
+    def last(self) -> Any:
+        """All stages."""
+        return self.lead + self.p.mine
+
     def chunk(self, i: Any) -> Any:
         """The first group of the i-th of them."""
         return (self.worker + i * self.p.workers) * GROUPS
@@ -406,8 +417,10 @@ class Warpgroup:
 
     def start(self) -> None:
         for i in range(min(self.c.stages, self.p.mine + self.p.most_chunks)):
-            one = functools.partial(self.fetch, jnp.int32(i))
-            one() if i < self.p.mine else pl.when(i < self.lead + self.p.mine)(one)
+            if i < self.p.mine:
+                self.fetch(jnp.int32(i))
+            else:
+                pl.when(i < self.last)(functools.partial(self.fetch, jnp.int32(i)))
         lookup = self.scratch.get("lookup")
         hopper.fill_lookup(lookup, self.body.plan, self.p.dtype, self.c.split)
 
@@ -415,7 +428,7 @@ class Warpgroup:
         """The i-th stage was read: refills its slot."""
         late = i + self.c.stages
         hopper.sync(self.interpret)
-        pl.when(late < self.lead + self.p.mine)(lambda: self.fetch(late))
+        pl.when(late < self.last)(lambda: self.fetch(late))
 
     # a stage
 

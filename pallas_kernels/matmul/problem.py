@@ -74,8 +74,6 @@ def in_halves(
     run: Any, x: jax.Array, w: Packed, config: Any, out_dtype: Any, interpret: bool
 ) -> jax.Array:
     """A kernel's product with a float32 `x`, as two bfloat16 ones, its high and its low half: twice as many rows."""
-    # astype there and back would be simplified away
-    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    halves = jnp.concatenate([high, x - high], axis=1).astype(jnp.bfloat16)
+    halves = jnp.concatenate(hopper.in_two(x), axis=1).astype(jnp.bfloat16)
     out = run(halves, w, config, out_dtype=jnp.float32, interpret=interpret)
     return (out[:, : x.shape[1]] + out[:, x.shape[1] :]).astype(out_dtype or x.dtype)

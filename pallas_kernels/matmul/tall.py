@@ -109,14 +109,13 @@ class Strip(Warpgroup):
             pl.when(i >= stages)(lambda: plgpu.barrier_wait(empty))
             self.fetch(i)
 
-        lax.fori_loop(0, self.lead + self.p.mine, step, None)
+        lax.fori_loop(0, self.last, step, None)
 
     def release(self, i: Any) -> None:
         """Says that stage `i` was read, to the one that refills its slot."""
         hopper.sync(self.interpret)
         empty = self.barrier("empty", lax.rem(i, self.c.stages))
-        last = self.lead + self.p.mine
-        pl.when(i + self.c.stages < last)(lambda: plgpu.barrier_arrive(empty))
+        pl.when(i + self.c.stages < self.last)(lambda: plgpu.barrier_arrive(empty))
 
     def settled(self, acc: Any) -> jax.Array:
         return hopper.settled(acc[...], self.scratch["words"].at[self.wg], self.interpret)
