@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +58,10 @@ SLOW = {
     "e4m3": ("fp8_e4m3", 5, 256, 64, Config(split=1), "bfloat16"),
     "e5m2": ("fp8_e5m2-g64", 5, 256, 64, Config(split=1), "float16"),
     "split": ("int4-g128-sym", 5, 1024, 64, Config(split=2), "bfloat16"),
+    "split in four, zeros": ("int4-g64", 5, 1024, 64, Config(split=4, row_bytes=64), "bfloat16"),
+    "zeros, one operand in flight": ("int4-g32", 20, 384, 64, Config(24, split=1, in_flight=1), "bfloat16"),
 }  # fmt: skip
-# Its five warpgroups need more threads than tests have: XLA_FLAGS=--xla_force_host_platform_device_count=24.
+# Its five warpgroups need more threads than tests have, which are as many as devices: it runs in a process of its own.
 FOUR_STRIPS = ("int4-g128", 40, 2304, 264, tall.Config(48, strips=4, grid_k=2), "bfloat16")
 # For many rows, also batches: a whole tile and a ragged one, parts of K for all tiles, for the last ones, for none.
 MANY = {
@@ -94,6 +100,7 @@ DIGITS_SLOW = {
     "int3, zeros": ("int3-g128", 4, 2048, 64, Config(4, in_flight=4), "bfloat16"),
     "int5": ("int5-g64", 1, 1024, 64, Config(4, split=1), "bfloat16"),
     "int8": ("int8", 4, 384, 64, Config(4, in_flight=1), "bfloat16"),
+    "zeros, four warpgroups": ("int4-g64", 2, 1024, 64, Config(4, split=4), "bfloat16"),
     "eight rows": ("int4-g128", 8, 512, 64, Config(8, split=1), "bfloat16"),
     "float32": ("int4-g128-sym", 2, 512, 64, Config(4), "float32"),
 }  # fmt: skip
@@ -141,9 +148,12 @@ def test_numbers_of_every_format(name):
 
 
 @pytest.mark.slow
-@pytest.mark.by_hand
 def test_four_strips():
-    check(FOUR_STRIPS)
+    code = "import test_matmul_gpu as tests; tests.check(tests.FOUR_STRIPS)"
+    flags = "--xla_force_host_platform_device_count=24"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    where = pathlib.Path(__file__).parent
+    subprocess.run([sys.executable, "-c", code], cwd=where, env=env, check=True, timeout=300)
 
 
 @pytest.mark.parametrize("group", [None, 32, 128])
@@ -266,6 +276,19 @@ def test_every_shape_gets_blocks_that_fit(spec):
             assert c.grid_k * c.split * c.row_bytes <= 2 * max(
                 k // plan.pieces, c.row_bytes * c.split
             )
+
+
+def test_parts_of_k_are_warpgroups_of_a_block_where_that_is_faster():
+    def parts(spec, m, n, k, of=tuned.config):
+        c = of(hopper.plan_of(codecs.get(spec)), m, n, k)
+        return c.split, c.grid_k
+
+    assert [parts("int4-g128", m, 6144, 4096) for m in (8, 16, 32)] == [(4, 1)] * 3
+    assert parts("int4-g128", 1, 6144, 4096, tuned.digits_config) == (4, 1)
+    assert parts("int4-g128", 16, 4096, 14336) == (2, 4)
+    assert parts("int2-g128", 16, 4096, 14336) == (4, 2)
+    assert parts("int4-g128", 64, 4096, 14336) == (2, 2)
+    assert parts("int2-g128", 64, 6144, 4096) == (1, 2)  # there is no room for two
 
 
 def test_a_multiprocessor_holds_two_blocks_with_their_table_of_levels():

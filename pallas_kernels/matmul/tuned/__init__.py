@@ -25,13 +25,30 @@ def table(device: str) -> dict[str, Any]:
 def config(plan: Plan, m: int, n: int, k: int, device: str = "hopper") -> Config:
     """The blocks for ``[M, K] x [N, K]``: the first rule that fits, made smaller where shared memory is too small."""
     for rule in table(device)["rules"]:
-        if m <= rule["max_m"] and _is_for(rule, plan) and _is_tall_enough(rule, n):
+        if m <= rule["max_m"] and _is_for(rule, plan) and _takes(rule, n):
             break
     else:
         raise AssertionError(f"no rule for M = {m}")
     first = tall.Config(**rule["tall"]) if "tall" in rule else Config(**rule["config"])
     chosen = _fitting(first, plan, k // plan.pieces)
-    return dataclasses.replace(chosen, grid_k=_parts(chosen, plan, m, n, k, rule.get("blocks", 0)))
+    parts = _parts(chosen, plan, m, n, k, rule.get("blocks", 0))
+    return _paired(dataclasses.replace(chosen, grid_k=parts), rule, lambda c: c.shared_bytes(plan))
+
+
+def _takes(rule: dict[str, Any], n: int) -> bool:
+    """Whether a rule is for so many rows of the weight."""
+    return n <= rule.get("max_n", n) and _is_tall_enough(rule, n)
+
+
+def _paired(config: Config, rule: dict[str, Any], shared_bytes: Any) -> Config:
+    """Two parts of K as one block of twice as many warpgroups, for numbers of parts that a rule names.
+
+    Warpgroups of a block add up what they have at its end, blocks in a kernel of XLA after it.
+    """
+    if config.grid_k not in rule.get("paired", ()):
+        return config
+    found = dataclasses.replace(config, split=2 * config.split, grid_k=config.grid_k // 2)
+    return found if shared_bytes(found) <= SHARED_BYTES - 1024 else config
 
 
 def _is_tall_enough(rule: dict[str, Any], n: int) -> bool:
@@ -50,11 +67,12 @@ def digits_config(plan: Plan, m: int, n: int, k: int, device: str = "hopper") ->
     if rule is None:
         return None
     chosen = Config(**rule["config"])
-    parts = _parts(chosen, plan, m, n, k, rule["blocks"])
-    chosen = dataclasses.replace(chosen, grid_k=parts)
+    chosen = dataclasses.replace(chosen, grid_k=_parts(chosen, plan, m, n, k, rule["blocks"]))
+    shared_bytes = functools.partial(digits.shared_bytes, plan=plan, piece=k // plan.pieces)
     together = rule["blocks"] / MULTIPROCESSORS  # blocks of one
-    own = digits.shared_bytes(chosen, plan, k // plan.pieces) + 1024  # the driver takes 1024
-    return chosen if together * own <= SHARED_BYTES else None
+    if together * (shared_bytes(chosen) + 1024) > SHARED_BYTES:  # the driver takes 1024
+        return None
+    return _paired(chosen, rule, shared_bytes)
 
 
 def _parts(config: Config, plan: Plan, m: int, n: int, k: int, wanted: int) -> int:
