@@ -33,15 +33,19 @@ SPECS = flags.DEFINE_list(
     "Codecs; xla-int8 and xla-int4: arrays with scales (of channels; of groups of 128) in plain JAX.",
 )
 TORCH = flags.DEFINE_bool("torch", False, "Also cuBLAS and tinygemm's int4 through torch.")
-CHAIN = flags.DEFINE_bool("chain", False, "Also time a link of a chain, launches included.")
+CHAIN = flags.DEFINE_bool(
+    "chain",
+    False,
+    "Also time a chain of products with this and the transposed shape, launches included.",
+)
 REPEATS = flags.DEFINE_integer(
     "repeats", 0, "Also run each of ours so often, and tell where bits differ."
 )
 OUT = flags.DEFINE_string("out", "out/bench_matmul", "Where the JSON and the picture go.")
 
 HEADER = (
-    "weights", "K x N", "M", "us", "of which longest", "of bf16", "TB/s", "roofline", "bound", "chained us", "error",
-    "path",
+    "weights", "K x N", "M", "us", "of which longest", "of bf16", "TB/s", "roofline", "bound", "there and back us",
+    "chained us", "error", "path",
 )  # fmt: skip
 
 
@@ -74,13 +78,23 @@ def bf16(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.einsum("bmk,bnk->bmn", x, w)
 
 
-def link(product: Any, x: jax.Array, w: Any) -> jax.Array:
-    """The output as the next input."""
-    y = product(x, w)
-    k = x.shape[-1]
-    return (
-        y[..., :k] if y.shape[-1] >= k else jnp.tile(y, (1, 1, -(-k // y.shape[-1])))[..., :k]
-    ) * 0.5
+def link(product: Any, x: jax.Array, weights: Any) -> jax.Array:
+    """There and back: of two weights, of which the second has the transposed shape."""
+    for w in weights:
+        x = product(x, w)
+    return x
+
+
+def damped(w: Any, gain: float) -> Any:
+    """A weight times `gain`, so that a chain's numbers stay finite."""
+
+    def of(path: Any, x: jax.Array) -> jax.Array:
+        is_scale = jnp.issubdtype(x.dtype, jnp.floating) and "zero" not in jax.tree_util.keystr(
+            path
+        )
+        return (x * gain).astype(x.dtype) if is_scale else x
+
+    return jax.tree_util.tree_map_with_path(of, w)
 
 
 def path(spec: str, k: int) -> tuple[Callable[[int, int, int], Any], Callable[[Any, Any], Any]]:
@@ -105,7 +119,10 @@ def measure(spec: str, k: int, n: int, m: int) -> dict[str, Any]:
     row: dict[str, Any] = {"spec": spec, "k": k, "n": n, "m": m, "us": us}
     row |= {"kernel_us": longest, "nbytes": nbytes}
     if CHAIN.value:
-        row["chained_us"] = kernel_timing.chained_us(functools.partial(link, product), x, sets)
+        run = functools.partial(link, product)
+        pairs = [(w, damped(make(k, n, 100 + i), 1 / 64)) for i, w in enumerate(sets)]
+        row["pair_us"] = kernel_timing.kernel_us(run, x, pairs)
+        row["chained_us"] = kernel_timing.chained_us(run, x, pairs)
     if isinstance(first, Packed):
         want = matmul(x, first, implementation="reference", preferred_element_type=jnp.float32)
         run = jax.jit(matmul)
@@ -141,7 +158,8 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["spec"], f"{row['k']} x {row['n']}", str(row["m"]), number("us", ".1f"), number("kernel_us", ".1f"),
         number("of_bf16", ".2f"), number("tb_per_s", ".2f"), number("roofline", ".0%"), row.get("bound", ""),
-        number("chained_us", ".1f"), number("error", ".1e"), row.get("path", row.get("refusal", "")),
+        number("pair_us", ".1f"), number("chained_us", ".1f"), number("error", ".1e"),
+        row.get("path", row.get("refusal", "")),
     )  # fmt: skip
 
 

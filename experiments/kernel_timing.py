@@ -59,20 +59,33 @@ def chained_us(
     link: Callable[[Any, Any], Any],
     x: Any,
     sets: Sequence[Any],
-    lengths: tuple[int, int] = (64, 256),
+    links: int = 32,
+    runs: tuple[int, int] = (5, 25),
 ) -> float:
-    """Microseconds of a link in a chain ``x = link(x, s)``, launches included: the slope between two lengths."""
-    seconds = []
-    for n in lengths:
+    """Microseconds of a link in a chain ``x = link(x, s)``, launches included.
 
-        def chain(x: Any, sets: Any, n: int = n) -> Any:
-            for i in range(n):
-                x = link(x, sets[i % len(sets)])
-            return x
+    By the clock, of a program of so many links: the slope between two numbers of runs that follow each other without a
+    wait, the median of 7. (The slope between two lengths of a chain, each waited for, moves by 4 us.)
+    """
 
-        run = jax.jit(chain, compiler_options={"xla_gpu_graph_min_graph_size": 1})
-        seconds.append(median_seconds(lambda run=run: run(x, sets), 7, warm=1))
-    return 1e6 * (seconds[1] - seconds[0]) / (lengths[1] - lengths[0])
+    def chain(x: Any, sets: Any) -> Any:
+        for i in range(links):
+            x = link(x, sets[i % len(sets)])
+        return x
+
+    run = jax.jit(chain, compiler_options={"xla_gpu_graph_min_graph_size": 1})
+
+    def seconds(n: int) -> float:
+        start, y = time.perf_counter(), x
+        for _ in range(n):
+            y = run(y, sets)
+        jax.block_until_ready(y)
+        return time.perf_counter() - start
+
+    few, many = runs
+    seconds(few)
+    slopes = [(seconds(many) - seconds(few)) / (many - few) for _ in range(7)]
+    return 1e6 * statistics.median(slopes) / links
 
 
 def median_seconds(run: Callable[[], Any], repeats: int, *, warm: int = 2) -> float:
