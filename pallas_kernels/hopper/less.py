@@ -32,7 +32,8 @@ def expand_less(
     kept: int,
     *,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
+    halves: Sequence[int] = (0, 1),
+) -> list[jax.Array]:
     """``(kept - zero) * scale`` as two bfloat16, high and low, ``[64, 64]``: columns as in `permute_columns`.
 
     Args:
@@ -40,20 +41,22 @@ def expand_less(
       row, column: the first ones. Past the last group come numbers of other groups.
       middle: the zero where there is no table.
       kept: what is subtracted from codes before.
+      halves: which; each takes 16 registers.
     """
     if interpret:
         columns = jnp.minimum(column + permute_columns(jnp.arange(64)[None])[0], n_groups - 1)
         take = lambda t: jnp.take(t[pl.ds(row, ROWS), :].reshape(ROWS, n_groups), columns, axis=1)
         scale, *zero = (take(t).astype(jnp.float32) for t in tables)
         less = scale * (kept - (zero[0] if zero else float(middle)))
-        high, low = (half.astype(jnp.bfloat16) for half in in_two(less))
-        return high, low
+        both = in_two(less)
+        return [both[half].astype(jnp.bfloat16) for half in halves]
     operand = plgpu.ShapeDtypeStruct((ROWS, 64), jnp.bfloat16, layout=WGMMA)
     signed = [asm.is_signed(t.dtype) for t in tables]
     sizes = [jnp.dtype(t.dtype).itemsize for t in tables]
 
     @asm.inline(
-        arg_types=([plgpu.RefType()] * len(tables), SCALAR, SCALAR), return_type=[operand] * 2
+        arg_types=([plgpu.RefType()] * len(tables), SCALAR, SCALAR),
+        return_type=[operand] * len(halves),
     )
     def run(ctx, refs, row, column):
         warp, g, q = asm.lanes()
@@ -67,8 +70,8 @@ def expand_less(
             [_load(ref, base, own, n_groups, size) for ref, size in zip(refs, sizes)]
             for base in bases
         ]
-        halves = [np.empty((8, 2), dtype=object) for _ in range(2)]
-        for half, rows in enumerate(loaded):
+        made = [np.empty((8, 2), dtype=object) for _ in range(2)]
+        for r, rows in enumerate(loaded):
             for octet in range(8):
                 t, o = divmod(octet, 2)
                 pair = []
@@ -78,9 +81,9 @@ def expand_less(
                     )
                     less = arith.subf(number(kept), zero[0] if zero else number(middle))
                     pair.append(arith.mulf(less, scale))
-                for out, x in zip(halves, _in_two(pair)):
-                    out[octet, half] = x
-        return [asm.array(x, WGMMA, (ROWS, 64)) for x in halves]
+                for out, x in zip(made, _in_two(pair)):
+                    out[octet, r] = x
+        return [asm.array(made[half], WGMMA, (ROWS, 64)) for half in halves]
 
     return run(list(tables), row, column)
 

@@ -436,15 +436,23 @@ class Warpgroup:
         """Adds what is apart, of the i-th stage: two numbers of 16 bits, times sums of x that are two as well."""
         p, slot = self.p, lax.rem(i, self.c.stages)
         staged = self.scratch["staged"].at[self.wg] if self.interpret else None
-        high, low = hopper.expand_less(
-            self.tables[: p.plan.terms], p.n_groups, self.table_row, self.chunk(i),
-            p.plan.middle, self.body.plan.middle, interpret=self.interpret,
-        )  # fmt: skip
-        plgpu.barrier_wait(self.barrier("full", slot))
         x = self.scratch["x"].at[self.ring, slot]
         sums = [x.at[half, :, pl.ds(0, GROUPS)].T for half in range(2)]
-        for w, own in ((high, sums[0]), (high, sums[1]), (low, sums[0])):
-            hopper.mma(acc, w, own, staged)
+
+        def made(*halves: int) -> list[jax.Array]:
+            return hopper.expand_less(
+                self.tables[: p.plan.terms], p.n_groups, self.table_row, self.chunk(i),
+                p.plan.middle, self.body.plan.middle, interpret=self.interpret, halves=halves,
+            )  # fmt: skip
+
+        high, *low = made(0, 1) if self.c.in_flight > 1 else made(0)
+        plgpu.barrier_wait(self.barrier("full", slot))
+        for own in sums:
+            hopper.mma(acc, high, own, staged)
+        if not low:
+            plgpu.wgmma_wait(0)
+            low = made(1)
+        hopper.mma(acc, low[0], sums[0], staged)
         plgpu.wgmma_wait(0)
         self.release(i)
 
