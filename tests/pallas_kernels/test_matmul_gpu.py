@@ -313,7 +313,8 @@ def test_digits_are_for_the_shapes_that_have_room():
     of = lambda spec, m, k, n: tuned.digits_config(hopper.plan_of(codecs.get(spec)), m, n, k)
     assert all(of("int4-g128", 2, k, n) for k, n in REAL)
     assert all(of("int3-g64", 1, k, n) for k, n in REAL[:2])
-    assert of("int4-g128", 3, 4096, 4096) is None
+    assert of("int4-g128-sym", 4, 4096, 4096)
+    assert of("int4-g128", 4, 4096, 4096) is None
     assert of("int4-g128", 1, 65536, 65536) is None
     refusal = lambda spec, k: digits.refusal(shapes(spec, 1, k, 64)[1])
     assert refusal("int4-g32", 512) == "groups of 32"

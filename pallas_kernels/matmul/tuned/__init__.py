@@ -137,8 +137,8 @@ def _rule(plan: Plan, device: str) -> dict[str, Any] | None:
 
 
 def _is_for(rule: dict[str, Any], plan: Plan) -> bool:
-    """Whether a rule, which may name a kind and a number of pieces, is about a plan."""
-    own = {"kind": plan.kind, "pieces": plan.pieces}
+    """Whether a rule, which may name a kind, a number of pieces, and zero points, is about a plan."""
+    own = {"kind": plan.kind, "pieces": plan.pieces, "has_zero": plan.has_zero}
     return all(rule.get(key, value) == value for key, value in own.items())
 
 
