@@ -34,9 +34,7 @@ SPECS = flags.DEFINE_list(
 )
 TORCH = flags.DEFINE_bool("torch", False, "Also cuBLAS and tinygemm's int4 through torch.")
 CHAIN = flags.DEFINE_bool(
-    "chain",
-    False,
-    "Also time a chain of products with this and the transposed shape, launches included.",
+    "chain", False, "Also time products there and back in a chain, launches included."
 )
 REPEATS = flags.DEFINE_integer(
     "repeats", 0, "Also run each of ours so often, and tell where bits differ."
@@ -89,10 +87,9 @@ def damped(w: Any, gain: float) -> Any:
     """A weight times `gain`, so that a chain's numbers stay finite."""
 
     def of(path: Any, x: jax.Array) -> jax.Array:
-        is_scale = jnp.issubdtype(x.dtype, jnp.floating) and "zero" not in jax.tree_util.keystr(
-            path
-        )
-        return (x * gain).astype(x.dtype) if is_scale else x
+        if "zero" in jax.tree_util.keystr(path) or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return (x * gain).astype(x.dtype)
 
     return jax.tree_util.tree_map_with_path(of, w)
 
