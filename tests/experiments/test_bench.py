@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stowax.experiments import torch_peers, xla_peers
+from stowax.experiments import bench_matmul, torch_peers, xla_peers
 from stowax.experiments.roofline import Roofline
 
 
@@ -28,3 +28,15 @@ def test_torch_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--torch: torch is not installed"):
         torch_peers.rows("matmul", [(128, 128, 1)])
+
+
+@pytest.mark.parametrize("spec", ["int4-g128-sym", "int4-g128", "int8", "bf16"])
+def test_a_chain_keeps_the_size_of_its_numbers(spec):
+    make, product = bench_matmul.path(spec, 256)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 256)), jnp.bfloat16)
+    pair = make(512, 256, 0), make(256, 512, 1)
+    by = bench_matmul.gain(product, x, pair) ** -0.5
+    y, pair = x, [bench_matmul.scaled(w, by) for w in pair]
+    for _ in range(32):
+        y = bench_matmul.link(product, y, pair)
+    assert 1e-2 < float(jnp.linalg.norm(y.astype(float)) / jnp.linalg.norm(x.astype(float))) < 1e2

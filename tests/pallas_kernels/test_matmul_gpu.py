@@ -250,6 +250,10 @@ def test_lowers_for_cuda(spec):
     if config := dispatch._digits_of(x, w):
         run = jax.jit(functools.partial(digits.matmul, config=config))
         assert "mosaic_gpu" in run.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    x, w = shapes(spec, 16, 4096, 6144)
+    config = tuned.config(hopper.plan_of(w.codec), 16, 6144, 4096)
+    run = jax.jit(functools.partial(mosaic_gpu.matmul, config=config))
+    assert "mosaic_gpu" in run.trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
     x, w = shapes(spec, 1024, 4096, 14336)
     config = tuned.many(hopper.plan_of(w.codec), 1, 1024, 14336, 4096)
     run = jax.jit(functools.partial(many_rows.matmul, config=config))
@@ -276,6 +280,8 @@ def test_every_shape_gets_blocks_that_fit(spec):
             assert c.grid_k * c.split * c.row_bytes <= 2 * max(
                 k // plan.pieces, c.row_bytes * c.split
             )
+            if c := tuned.digits_config(plan, m, n, k):
+                assert digits.shared_bytes(c, plan, k // plan.pieces) <= tuned.SHARED_BYTES
 
 
 def test_parts_of_k_are_warpgroups_of_a_block_where_that_is_faster():
@@ -289,6 +295,11 @@ def test_parts_of_k_are_warpgroups_of_a_block_where_that_is_faster():
     assert parts("int2-g128", 16, 4096, 14336) == (4, 2)
     assert parts("int4-g128", 64, 4096, 14336) == (2, 2)
     assert parts("int2-g128", 64, 6144, 4096) == (1, 2)  # there is no room for two
+    assert parts("int4-g128", 64, 1024, 4096) == (1, 8)  # there would be 64 blocks
+    assert parts("int4-g128", 16, 4096, 1024) == (2, 2)
+    assert parts("int6-g128", 16, 6144, 4096) == (2, 2)
+    strips = lambda n: tuned.config(hopper.plan_of(codecs.get("int4-g128")), 128, n, 14336).strips
+    assert [strips(n) for n in (1024, 4096, 6144, 14336)] == [1, 2, 1, 2]
 
 
 def test_a_multiprocessor_holds_two_blocks_with_their_table_of_levels():

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from ...hopper import ROWS, Plan
@@ -13,6 +14,7 @@ from .. import digits, many_rows, tall, tiles, w4a8_mosaic_gpu, w8a8_mosaic_gpu
 from ..mosaic_gpu import Config
 
 SHARED_BYTES = 227 * 1024  # a block of a Hopper GPU has
+ROOM = SHARED_BYTES - 1024  # barriers take some
 MULTIPROCESSORS = 132
 
 
@@ -32,23 +34,35 @@ def config(plan: Plan, m: int, n: int, k: int, device: str = "hopper") -> Config
     first = tall.Config(**rule["tall"]) if "tall" in rule else Config(**rule["config"])
     chosen = _fitting(first, plan, k // plan.pieces)
     parts = _parts(chosen, plan, m, n, k, rule.get("blocks", 0))
-    return _paired(dataclasses.replace(chosen, grid_k=parts), rule, lambda c: c.shared_bytes(plan))
+    chosen = dataclasses.replace(chosen, grid_k=parts)
+    return _paired(chosen, rule, plan, m, n, lambda c: c.shared_bytes(plan))
 
 
 def _takes(rule: dict[str, Any], n: int) -> bool:
     """Whether a rule is for so many rows of the weight."""
-    return n <= rule.get("max_n", n) and _is_tall_enough(rule, n)
+    least, most = rule.get("n", (n, n))
+    return least <= n <= most and _is_tall_enough(rule, n)
 
 
-def _paired(config: Config, rule: dict[str, Any], shared_bytes: Any) -> Config:
-    """Two parts of K as one block of twice as many warpgroups, for numbers of parts that a rule names.
+def _paired(
+    config: Config,
+    rule: dict[str, Any],
+    plan: Plan,
+    m: int,
+    n: int,
+    shared_bytes: Callable[[Config], int],
+) -> Config:
+    """Two parts of K as one block of twice as many warpgroups, where a rule says so: for up to `paired` parts.
 
-    Warpgroups of a block add up what they have at its end, blocks in a kernel of XLA after it.
+    Warpgroups of a block add up what they have at its end, blocks in a kernel of XLA after it. There have to be blocks
+    for three of five multiprocessors, for four where XLA adds up still; codes in several planes were not timed.
     """
-    if config.grid_k not in rule.get("paired", ()):
+    if not 1 < config.grid_k <= rule.get("paired", 1) or plan.streams > 1:
         return config
     found = dataclasses.replace(config, split=2 * config.split, grid_k=config.grid_k // 2)
-    return found if shared_bytes(found) <= SHARED_BYTES - 1024 else config
+    busy = (0.6 if found.grid_k == 1 else 0.8) * MULTIPROCESSORS
+    is_busy = found.grid_k * _blocks(found, m, n) >= busy
+    return found if is_busy and shared_bytes(found) <= ROOM else config
 
 
 def _is_tall_enough(rule: dict[str, Any], n: int) -> bool:
@@ -72,12 +86,12 @@ def digits_config(plan: Plan, m: int, n: int, k: int, device: str = "hopper") ->
     together = rule["blocks"] / MULTIPROCESSORS  # blocks of one
     if together * (shared_bytes(chosen) + 1024) > SHARED_BYTES:  # the driver takes 1024
         return None
-    return _paired(chosen, rule, shared_bytes)
+    return _paired(chosen, rule, plan, m, n, shared_bytes)
 
 
 def _parts(config: Config, plan: Plan, m: int, n: int, k: int, wanted: int) -> int:
     """Blocks that share K, where there would be less than `wanted` blocks otherwise."""
-    blocks = -(-n // (ROWS * config.strips)) * -(-m // config.block_m)
+    blocks = _blocks(config, m, n)
     stages = k // plan.pieces // (config.row_bytes * config.split)
     parts = 1
     while 2 * parts * blocks <= wanted and 2 * parts <= min(stages, 8):
@@ -85,12 +99,17 @@ def _parts(config: Config, plan: Plan, m: int, n: int, k: int, wanted: int) -> i
     return parts
 
 
+def _blocks(config: Config, m: int, n: int) -> int:
+    """That take different parts of the result."""
+    return -(-n // (ROWS * config.strips)) * -(-m // config.block_m)
+
+
 def _fitting(config: Config, plan: Plan, piece: int) -> Config:
     if (
         piece % config.row_bytes or plan.streams > 1
     ):  # more codes a stage: keep room for a second block
         config = dataclasses.replace(config, row_bytes=64)
-    while config.shared_bytes(plan) > SHARED_BYTES - 1024:  # barriers take some
+    while config.shared_bytes(plan) > ROOM:
         if config.row_bytes == 128:
             config = dataclasses.replace(config, row_bytes=64)
         elif config.stages > 2:
@@ -170,7 +189,7 @@ def _fastest(
 
 
 def _fitting_stages(config: Any, shared_bytes: Any) -> Any:
-    while shared_bytes(config) > SHARED_BYTES - 1024:  # barriers take some
+    while shared_bytes(config) > ROOM:
         ring = "stages"
         if config.stages <= 4 and getattr(config, "code_stages", 2) > 2:
             ring = "code_stages"
