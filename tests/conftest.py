@@ -21,6 +21,8 @@ added = [f"--{flag}={value}" for flag, value in FLAGS.items() if flag not in giv
 os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
 
 import functools  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -33,6 +35,17 @@ jax.config.update("jax_platforms", PLATFORM)
 hypothesis.settings.register_profile("laptop", deadline=None, max_examples=30)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "laptop")
+
+
+@pytest.fixture(scope="session")
+def run_apart():
+    """Runs code in a process of its own, with other XLA flags than tests have (none: XLA optimizes)."""
+
+    def run(code: str, xla_flags: str = "", cwd: str | None = None) -> None:
+        env = os.environ | {"XLA_FLAGS": xla_flags}
+        subprocess.run([sys.executable, "-c", code], env=env, cwd=cwd, check=True, timeout=600)
+
+    return run
 
 
 @pytest.fixture(scope="session")

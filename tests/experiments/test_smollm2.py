@@ -1,21 +1,25 @@
 """The main job on the real model, at a quarter of its size."""
 
 import dataclasses
+import json
+import pathlib
 
 import pytest
 
 from stowax.experiments import rewriting, sweep
 
+QUALITY = sweep.Config(
+    names=("gguf", "int8", "int4-g64", "int4-g64-gptq"), tokens=385, words=4, batches=3
+)
+
 
 @pytest.mark.slow
-def test_quality_of_variants(tmp_path):
-    config = sweep.Config(
-        names=("gguf", "int8", "int4-g64", "int4-g64-gptq"),
-        tokens=385,
-        words=4,
-        batches=3,
-    )
-    found = {v["name"]: v for v in sweep.run(config, tmp_path).variants}
+def test_quality_of_variants(tmp_path, run_apart):
+    """By programs that are optimized, which here is worth their compiling."""
+    code = "import pathlib, test_smollm2 as tests; tests.sweep.run(tests.QUALITY, pathlib.Path(%r))"
+    run_apart(code % str(tmp_path), cwd=str(pathlib.Path(__file__).parent))
+    report = json.loads((tmp_path / "report.json").read_text())
+    found = {v["name"]: v for v in report["variants"]}
     base = found["f16"]["perplexity"]
     loss = {name: v["perplexity"] / base - 1 for name, v in found.items()}
     assert abs(loss["gguf"]) < 1e-3
