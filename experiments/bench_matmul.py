@@ -22,7 +22,7 @@ from stowax.pallas_kernels import codecs, kernel_name, matmul
 from stowax.pallas_kernels.codecs import Packed
 from stowax.transforms.report import text_table
 
-from . import kernel_timing, pictures, roofline, torch_peers, xla_peers
+from . import chains, kernel_timing, pictures, roofline, torch_peers, xla_peers
 from .results import write_json
 
 SHAPES = flags.DEFINE_list("shapes", ["4096x14336", "14336x4096"], "KxN of the weights.")
@@ -76,37 +76,6 @@ def bf16(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.einsum("bmk,bnk->bmn", x, w)
 
 
-def link(product: Any, x: jax.Array, weights: Any) -> jax.Array:
-    """There and back: of two weights, of which the second has the transposed shape."""
-    for w in weights:
-        x = product(x, w)
-    return x
-
-
-def gain(product: Any, x: jax.Array, weights: Any) -> float:
-    """What `link` makes of the size of x, in the long run."""
-    run, size = (
-        jax.jit(functools.partial(link, product)),
-        lambda x: jnp.linalg.norm(x.astype(float)),
-    )
-    y, start, end = x, size(x), size(x)
-    for _ in range(4):
-        y = run((y.astype(float) * (start / end)).astype(x.dtype), weights)
-        end = size(y)
-    return float(end / start)
-
-
-def scaled(w: Any, by: float) -> Any:
-    """A weight times a number."""
-
-    def of(path: Any, x: jax.Array) -> jax.Array:
-        if "zero" in jax.tree_util.keystr(path) or not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
-        return (x * by).astype(x.dtype)
-
-    return jax.tree_util.tree_map_with_path(of, w)
-
-
 def path(spec: str, k: int) -> tuple[Callable[[int, int, int], Any], Callable[[Any, Any], Any]]:
     """What makes the weight of ``(n, k, seed)``, and what multiplies by it."""
     if spec == "bf16":
@@ -115,17 +84,6 @@ def path(spec: str, k: int) -> tuple[Callable[[int, int, int], Any], Callable[[A
         group = k if spec == "xla-int8" else 128
         return lambda n, k, seed: xla_peers.weight(spec, group, n, k, seed), xla_peers.matmul
     return functools.partial(packed, spec), matmul
-
-
-def chained(product: Any, x: jax.Array, pairs: list[Any]) -> dict[str, float]:
-    """Microseconds of products there and back: kernels of one, and one of a chain, whose numbers keep their size."""
-    by = gain(product, x, pairs[0]) ** -0.5
-    pairs = [tuple(scaled(w, by) for w in pair) for pair in pairs]
-    run = functools.partial(link, product)
-    return {
-        "pair_us": kernel_timing.kernel_us(run, x, pairs),
-        "chained_us": kernel_timing.chained_us(run, x, pairs),
-    }
 
 
 def measure(spec: str, k: int, n: int, m: int) -> dict[str, Any]:
@@ -140,7 +98,7 @@ def measure(spec: str, k: int, n: int, m: int) -> dict[str, Any]:
     row: dict[str, Any] = {"spec": spec, "k": k, "n": n, "m": m, "us": us}
     row |= {"kernel_us": longest, "nbytes": nbytes}
     if CHAIN.value:
-        row |= chained(product, x, [(w, make(k, n, 100 + i)) for i, w in enumerate(sets)])
+        row |= chains.measure(product, x, [(w, make(k, n, 100 + i)) for i, w in enumerate(sets)])
     if isinstance(first, Packed):
         want = matmul(x, first, implementation="reference", preferred_element_type=jnp.float32)
         run = jax.jit(matmul)

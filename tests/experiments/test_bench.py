@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stowax.experiments import bench_matmul, torch_peers, xla_peers
+from stowax.experiments import chains, torch_peers, xla_peers
 from stowax.experiments.roofline import Roofline
+from stowax.pallas_kernels import codecs, matmul
 
 
 def test_roofline_says_which_bound_and_how_near():
@@ -32,11 +33,18 @@ def test_torch_that_is_missing_is_named(monkeypatch):
 
 @pytest.mark.parametrize("spec", ["int4-g128-sym", "int4-g128", "int8", "bf16"])
 def test_a_chain_keeps_the_size_of_its_numbers(spec):
-    make, product = bench_matmul.path(spec, 256)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 256)), jnp.bfloat16)
-    pair = make(512, 256, 0), make(256, 512, 1)
-    by = bench_matmul.gain(product, x, pair) ** -0.5
-    y, pair = x, [bench_matmul.scaled(w, by) for w in pair]
+    rng = np.random.default_rng(0)
+
+    def make(n, k):
+        w = jnp.asarray(rng.uniform(-1, 2, (1, n, k)), jnp.bfloat16)  # not 0 in the mean
+        return w if spec == "bf16" else codecs.pack(w, codecs.get(spec), lead=(0, 1), inner=(2,))
+
+    product = (lambda x, w: x @ w.mT) if spec == "bf16" else matmul
+    x = jnp.asarray(rng.standard_normal((1, 4, 256)), jnp.bfloat16)
+    pair = make(512, 256), make(256, 512)
+    by = chains.gain(product, x, pair) ** -0.5
+    assert by < 0.1
+    y, pair = x, [chains.scaled(w, by) for w in pair]
     for _ in range(32):
-        y = bench_matmul.link(product, y, pair)
+        y = chains.link(product, y, pair)
     assert 1e-2 < float(jnp.linalg.norm(y.astype(float)) / jnp.linalg.norm(x.astype(float))) < 1e2
