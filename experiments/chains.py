@@ -22,7 +22,8 @@ def gain(product: Any, x: jax.Array, weights: Any) -> float:
     """What `link` makes of the size of x, in the long run."""
     run = jax.jit(functools.partial(link, product))
     size = lambda x: jnp.linalg.norm(x.astype(float))
-    y, start, end = x, size(x), size(x)
+    y, start = x, size(x)
+    end = start
     for _ in range(4):
         y = run((y.astype(float) * (start / end)).astype(x.dtype), weights)
         end = size(y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -65,7 +66,7 @@ def chained_us(
     """Microseconds of a link in a chain ``x = link(x, s)``, launches included.
 
     By the clock, of a program of so many links: the slope between two numbers of runs that follow each other without a
-    wait, the median of 7. (The slope between two lengths of a chain, each waited for, moves by 4 us.)
+    wait, medians of 7. (The slope between two lengths of a chain, each waited for, moves by 4 us.)
     """
 
     def chain(x: Any, sets: Any) -> Any:
@@ -75,17 +76,13 @@ def chained_us(
 
     run = jax.jit(chain, compiler_options={"xla_gpu_graph_min_graph_size": 1})
 
-    def seconds(n: int) -> float:
-        start, y = time.perf_counter(), None
-        for _ in range(n):
-            y = run(x, sets)
-        jax.block_until_ready(y)
-        return time.perf_counter() - start
+    def last_of(n: int) -> Any:
+        for _ in range(n - 1):
+            run(x, sets)
+        return run(x, sets)
 
-    few, many = runs
-    seconds(few)
-    slopes = [(seconds(many) - seconds(few)) / (many - few) for _ in range(7)]
-    return 1e6 * statistics.median(slopes) / links
+    few, many = (median_seconds(functools.partial(last_of, n), 7, warm=1) for n in runs)
+    return 1e6 * (many - few) / (runs[1] - runs[0]) / links
 
 
 def median_seconds(run: Callable[[], Any], repeats: int, *, warm: int = 2) -> float:
