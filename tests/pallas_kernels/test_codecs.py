@@ -151,15 +151,15 @@ def test_round_trip_within_the_error_bound(name, kind, seed, magnitude):
     worst = np.unravel_index(np.argmax(np.abs(y - x) - limit), x.shape)
     assert np.all(np.abs(y - x) <= limit), (worst, x[worst], y[worst], limit[worst])
     # what was stored once is stored again as it is, or nearly
-    scale = np.abs(np.asarray(parts.get("scale", 1.0), np.float32))
-    has_digits = np.all((scale == 0) | (scale >= 2.0**-14)) or parts["scale"].dtype != np.float16
+    scale = parts.get("scale", np.ones(1))
+    is_coarse = (scale.dtype == np.float16) & (scale != 0) & (np.abs(scale) < 2.0**-14)
+    # of a scale that is no normal number: the largest code may be one less
+    rows = ~np.broadcast_to(np.any(is_coarse, -1), x.shape[:-1])
     parts = codec.encode(y, batch_dims=1)
     again = np.asarray(decode(parts, x.shape[-1]))
     assert np.all(np.abs(again - y) <= bound(codec, y, parts))
-    if not has_digits:  # a scale that is no normal number: the largest code may be one less
-        return
     if isinstance(codec, codecs.NF4 | Fp8 | Mx | codecs.Cast) or getattr(codec, "symmetric", 0):
-        np.testing.assert_allclose(again, y, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(again[rows], y[rows], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
